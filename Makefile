@@ -1,0 +1,34 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make .venv themselves.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,14))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+DEMO ?= demo-output
+
+.PHONY: demo test lint soak clean
+
+demo: .venv/run.stamp
+	$(BIN)/python -m framecap.demo.run --out $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+soak: .venv/dev.stamp
+	$(BIN)/python -m pytest -m soak --timeout 7200
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "framecap needs Python 3.11, 3.12 or 3.13; none was found on PATH." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/dev.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ .venv/run.stamp
+
+clean:
+	rm -rf .venv $(DEMO) build framecap.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,236 @@
+"""All file access by URI: fsspec opens, lists and publishes; remote captioners are copied once per node.
+
+Local paths need no fsspec backend; ``s3://``, ``gs://`` and ``abfs://`` need the extra of that name.
+Options for the backend (endpoint, keys, retries) are a JSON object in ``FRAMECAP_STORAGE_OPTIONS``, so that
+they reach every Ray worker through its environment. Knows nothing of shards, captions or models.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from framecap.errors import ChecksumError, MissingFileError, SettingsError, StorageError
+
+OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
+CACHE_VARIABLE = "FRAMECAP_CACHE"
+MANIFEST = "manifest.json"
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+
+
+def is_local(uri: str | os.PathLike[str]) -> bool:
+    """Whether ``uri`` is a plain path or a ``file://`` URI."""
+    text = os.fspath(uri)
+    return "://" not in text or text.startswith(("file://", "local://"))
+
+
+def storage_options() -> dict[str, Any]:
+    """The backend options of this process, from ``FRAMECAP_STORAGE_OPTIONS`` (a JSON object).
+
+    Raises:
+        SettingsError: the variable is not a JSON object.
+    """
+    text = os.environ.get(OPTIONS_VARIABLE, "")
+    if not text:
+        return {}
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{OPTIONS_VARIABLE}={text!r} is not JSON ({error}); write it like '{{\"anon\": true}}'") from error
+    if not isinstance(options, dict):
+        raise SettingsError(f"{OPTIONS_VARIABLE}={text!r} is not a JSON object; write it like '{{\"anon\": true}}'")
+    return options
+
+
+def open_fs(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that holds ``uri``, and the path of ``uri`` in it.
+
+    Raises:
+        StorageError: no backend is installed for the URI's scheme.
+    """
+    text = os.fspath(uri)
+    options = {} if is_local(text) else storage_options()
+    scheme = text.partition("://")[0]
+    try:
+        fs, path = url_to_fs(text, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        fix = f"pip install 'framecap[{extra}]'" if extra else "install its fsspec backend"
+        raise StorageError(f"{text}: no storage backend for {scheme}:// is installed; {fix}") from error
+    except ValueError as error:
+        raise StorageError(f"{text}: {error}; use a path, s3://, gs:// or abfs://") from error
+    return fs, path
+
+
+def join(uri: str | os.PathLike[str], *parts: str) -> str:
+    """``uri`` with ``parts`` below it, with forward slashes."""
+    return posixpath.join(os.fspath(uri).rstrip("/") or "/", *parts)
+
+
+def exists(uri: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is at ``uri``."""
+    fs, path = open_fs(uri)
+    return bool(fs.exists(path))
+
+
+def read_bytes(uri: str | os.PathLike[str]) -> bytes:
+    """The content of one file.
+
+    Raises:
+        MissingFileError: nothing is there.
+    """
+    fs, path = open_fs(uri)
+    try:
+        return bytes(fs.cat_file(path))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{os.fspath(uri)} does not exist; check the path") from error
+
+
+@contextmanager
+def atomic_path(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
+    """A path to write to; on success the finished file appears at ``path`` in one step, else not at all.
+
+    On a local file system that is a hidden temporary file, fsync and rename. On an object store the write
+    itself is atomic (an object appears when its upload completes), so ``path`` itself is given.
+    """
+    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)):
+        yield path
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield str(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
+    """Write one small file so that a reader sees all of it or none of it.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    fs, path = open_fs(uri)
+    try:
+        with atomic_path(fs, path) as target:
+            fs.pipe_file(target, data)
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        raise StorageError(f"{os.fspath(uri)} cannot be written: {error}") from error
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a local file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_root() -> Path:
+    """Where copies of remote captioners live: ``$FRAMECAP_CACHE``, else ``~/.cache/framecap``."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    return Path(configured) if configured else Path.home() / ".cache" / "framecap"
+
+
+def local_copy(uri: str | os.PathLike[str]) -> Path:
+    """A local folder that holds the captioner at ``uri``, its checksums verified.
+
+    A local folder is used where it stands. A remote one is copied once per node into ``cache_root()``, under
+    the sha256 of its manifest, safely with many processes at once: one copies under a file lock, the others
+    wait; the folder appears by rename only when every checksum is right.
+
+    Raises:
+        MissingFileError: no captioner is there.
+        ChecksumError: a file differs from the manifest.
+    """
+    if is_local(uri):
+        _, path = open_fs(uri)
+        folder = Path(path)
+        if not folder.is_dir():
+            raise MissingFileError(f"{folder} is not a captioner directory; make one with `framecap assemble`")
+        verify_manifest(folder)
+        return folder
+    manifest = read_bytes(join(uri, MANIFEST))
+    target = cache_root() / hashlib.sha256(manifest).hexdigest()
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            _download(uri, manifest, target)
+    return target
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check every file of ``folder`` against its manifest.json (size, then sha256).
+
+    Raises:
+        MissingFileError: the manifest or a file that it lists is not there.
+        ChecksumError: a file differs from the manifest.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; a captioner directory is made with `framecap assemble`")
+    for name, entry in manifest_files(path.read_bytes(), str(path)).items():
+        file = folder / name
+        if not file.is_file():
+            raise MissingFileError(f"{file} is listed in {MANIFEST} but does not exist; copy the captioner again")
+        size = file.stat().st_size
+        if size != entry["size"]:
+            raise ChecksumError(f"{file} has {size} bytes, {MANIFEST} says {entry['size']}; copy the captioner again")
+        digest = sha256_file(file)
+        if digest != entry["sha256"]:
+            raise ChecksumError(
+                f"{file} has sha256 {digest}, {MANIFEST} says {entry['sha256']}; copy the captioner again"
+            )
+
+
+def manifest_files(data: bytes, source: str) -> dict[str, dict[str, Any]]:
+    """The ``files`` table of a manifest: relative path → ``{"sha256": hex, "size": bytes}``.
+
+    Raises:
+        ChecksumError: the manifest is damaged, or names a path outside its folder.
+    """
+    try:
+        files = json.loads(data)["files"]
+        entries = {str(name): {"sha256": str(e["sha256"]), "size": int(e["size"])} for name, e in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ChecksumError(f"{source} is not a captioner manifest ({error!r}); assemble the captioner again") from error
+    for name in entries:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ChecksumError(f"{source} lists {name!r}, which lies outside its folder; assemble the captioner again")
+    return entries
+
+
+def _download(uri: str | os.PathLike[str], manifest: bytes, target: Path) -> None:
+    fs, root = open_fs(uri)
+    temporary = Path(tempfile.mkdtemp(prefix="copy-", dir=target.parent))
+    try:
+        for name in manifest_files(manifest, join(uri, MANIFEST)):
+            file = temporary / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fs.get_file(join(root, name), str(file))
+            except FileNotFoundError as error:
+                raise MissingFileError(f"{join(uri, name)} is listed in {MANIFEST} but does not exist") from error
+        (temporary / MANIFEST).write_bytes(manifest)
+        verify_manifest(temporary)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
