@@ -1,0 +1,172 @@
+"""Checkpoint files → named tensors, and named tensors → a module, strictly.
+
+Knows nothing of what the tensors are for. Pickles are read with ``weights_only=True`` and nothing else, so
+that a checkpoint can hold weights and never code.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from framecap.errors import MissingFileError, StateDictError, UnsafePickleError, WeightsError
+
+SAFETENSORS_NAME = "model.safetensors"
+PICKLE_NAME = "pytorch_model.bin"
+_INDEX_NAMES = (f"{SAFETENSORS_NAME}.index.json", f"{PICKLE_NAME}.index.json")
+_WRAPPERS = ("state_dict", "model_state_dict")
+# What torch's weights-only unpickler says of a pickle that names a class or function it does not trust.
+_UNSAFE_MARKS = (
+    "Unsupported global",
+    "unsupported GLOBAL",
+    "Trying to call reduce",
+    "Can only create new object",
+    "Can only build Tensor",
+)
+_PICKLE_PROTOCOL_MARK = b"\x80"
+
+
+def find_weights(directory: str | Path) -> list[Path]:
+    """Return the weight files of a checkpoint directory, safetensors before pickle, shards in name order.
+
+    Raises MissingFileError when the directory holds neither ``model.safetensors`` nor ``pytorch_model.bin``
+    nor the ``.index.json`` of a sharded one (the layouts transformers writes).
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory} is not a directory; give the folder that holds the checkpoint.")
+    for name in (SAFETENSORS_NAME, PICKLE_NAME):
+        if (directory / name).is_file():
+            return [directory / name]
+    for name in _INDEX_NAMES:
+        if (directory / name).is_file():
+            shards = read_json(directory / name).get("weight_map", {})
+            if not isinstance(shards, dict) or not shards:
+                raise WeightsError(f"{directory / name} names no shards in 'weight_map'; fetch it again.")
+            return [directory / shard for shard in sorted(set(shards.values()))]
+    raise MissingFileError(
+        f"{directory} holds neither {SAFETENSORS_NAME} nor {PICKLE_NAME}; put the checkpoint's weights there."
+    )
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a weight file, or all weight files of a checkpoint directory, into CPU tensors by name.
+
+    ``path`` is a directory (see ``find_weights``), a ``.safetensors`` file, or a ``torch.save`` file; a dict
+    wrapped as ``{"state_dict": …}`` is unwrapped. Raises MissingFileError, UnsafePickleError for a pickle
+    that wants more than tensors, WeightsError for anything else that cannot be read as weights.
+    """
+    path = Path(path)
+    files = find_weights(path) if path.is_dir() else [path]
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise MissingFileError(f"{file} does not exist; put the checkpoint's weights there.")
+        if file.stat().st_size == 0:
+            raise WeightsError(f"{file} is empty; fetch it again.")
+        state.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file))
+    return state
+
+
+def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write ``state`` as safetensors (contiguous CPU copies, format marked "pt" as transformers expects)."""
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    save_file(tensors, str(path), metadata={"format": "pt"})
+
+
+def check_layout(
+    expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str | Path
+) -> None:
+    """Raise StateDictError naming every key of ``state`` that ``expected`` lacks, has alone or has shaped
+    differently. ``source`` is what the message calls the checkpoint."""
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    mis_shaped = [
+        f"{name} {list(state[name].shape)} (should be {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if missing or unexpected or mis_shaped:
+        raise StateDictError(str(source), missing, unexpected, mis_shaped)
+
+
+def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Copy ``state`` into ``module`` (in the module's dtype and device); every key must fit.
+
+    Raises StateDictError naming missing, unexpected and mis-shaped keys; ``source`` goes into its message.
+    """
+    check_layout(module.state_dict(), state, source)
+    module.load_state_dict(dict(state), strict=True)
+
+
+def read_json(path: str | Path) -> dict[str, object]:
+    """Read a JSON object; MissingFileError when it is not there, WeightsError when it is not JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; a checkpoint must have it.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} is not JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
+    return content
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(str(file))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{file} cannot be read as safetensors ({error}); fetch it again.") from error
+
+
+def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if _wants_code(error, file):
+            raise UnsafePickleError(
+                f"{file} is a pickle that wants to run code ({_first_line(error)}); refused. "
+                "Save it again as tensors only, best as model.safetensors."
+            ) from error
+        raise WeightsError(f"{file} cannot be read ({_first_line(error)}); fetch it again.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # What torch's readers raise on damaged archives and on bytes that are no pickle at all.
+        raise WeightsError(f"{file} cannot be read ({_first_line(error)}); fetch it again.") from error
+    return _named_tensors(content, file)
+
+
+def _named_tensors(content: object, file: Path) -> dict[str, torch.Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{file} holds a {type(content).__name__} where a dict of tensors is needed.")
+    strangers = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if strangers:
+        raise WeightsError(f"{file} holds entries that are not tensors: {', '.join(strangers[:8])}.")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _wants_code(error: pickle.UnpicklingError, file: Path) -> bool:
+    if any(mark in str(error) for mark in _UNSAFE_MARKS):
+        return True
+    # Protocols 4 and 5 are never written by torch.save; the weights-only reader stops at their first opcode.
+    with file.open("rb") as stream:
+        return "Unsupported operand" in str(error) and stream.read(1) == _PICKLE_PROTOCOL_MARK
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if any(mark in line for mark in _UNSAFE_MARKS)]
+    line = (telling or lines or [type(error).__name__])[0]
+    return line.split(" was not an allowed")[0].split(". ")[0].strip()[:200]
