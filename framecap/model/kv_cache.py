@@ -1,0 +1,118 @@
+"""The decoder's memory of what it has read: one static block per layer, a slot per frame.
+
+Knows nothing of captions. A frame's prefix stands once in its slot however many beams read it, and the
+tokens of its beams follow step by step, so that beams part and die without a copy: which entries a beam may
+see is a matter of the attention mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Window:
+    """Where one pass writes, and how far it reads: slots ``rows``, ``columns`` int64 [n, Q], ``length``."""
+
+    rows: slice
+    columns: Tensor | slice
+    length: int
+
+
+@dataclass
+class LayerCache:
+    """One layer's keys and values [slots, max_len, heads, head_dim] and those of the bridge's memory."""
+
+    keys: Tensor
+    values: Tensor
+    memory_keys: Tensor | None = None
+    memory_values: Tensor | None = None
+
+
+@dataclass
+class KvCache:
+    """All layers' caches; slots 0 … n-1 are the live ones."""
+
+    layers: list[LayerCache]
+    slots: int
+    max_len: int
+    window: Window = field(default_factory=lambda: Window(slice(0, 0), slice(0, 0), 0))
+    row_index: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.long))
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        slots: int,
+        max_len: int,
+        heads: int,
+        head_dim: int,
+        memory_len: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KvCache:
+        """Reserve ``layers`` × 2 × [slots, max_len, heads, head_dim], and as much again for a memory."""
+
+        def block(length: int) -> Tensor:
+            return torch.zeros(slots, length, heads, head_dim, dtype=dtype, device=device)
+
+        filled = [
+            LayerCache(
+                block(max_len),
+                block(max_len),
+                block(memory_len) if memory_len else None,
+                block(memory_len) if memory_len else None,
+            )
+            for _ in range(layers)
+        ]
+        index = torch.arange(slots, device=device)[:, None]
+        return cls(filled, slots, max_len, row_index=index)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [n, Q, heads, head_dim] into the window's rows and columns."""
+        rows, columns = self.window.rows, self.window.columns
+        cache = self.layers[layer]
+        if isinstance(columns, slice):
+            cache.keys[rows, columns] = keys
+            cache.values[rows, columns] = values
+        else:
+            place = (self.row_index[rows], columns)
+            cache.keys.index_put_(place, keys)
+            cache.values.index_put_(place, values)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, length, heads, head_dim] of the window, without copying."""
+        cache = self.layers[layer]
+        rows, length = self.window.rows, self.window.length
+        return cache.keys[rows, :length], cache.values[rows, :length]
+
+    def write_memory(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Put the memory's keys and values [n, M, heads, head_dim] into the window's rows."""
+        cache = self.layers[layer]
+        if cache.memory_keys is None or cache.memory_values is None:
+            raise ValueError("this cache was allocated without room for a memory")
+        cache.memory_keys[self.window.rows] = keys
+        cache.memory_values[self.window.rows] = values
+
+    def read_memory(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The memory's keys and values [n, M, heads, head_dim] of the window's rows."""
+        cache = self.layers[layer]
+        if cache.memory_keys is None or cache.memory_values is None:
+            raise ValueError("this cache was allocated without room for a memory")
+        return cache.memory_keys[self.window.rows], cache.memory_values[self.window.rows]
+
+    def move(self, source: list[int], target: list[int], length: int) -> None:
+        """Copy slots ``source`` over slots ``target`` (their first ``length`` entries, and their memory)."""
+        if not source:
+            return
+        origin = torch.tensor(source, device=self.row_index.device)
+        goal = torch.tensor(target, device=self.row_index.device)
+        for layer in self.layers:
+            for block in (layer.keys, layer.values):
+                block[goal, :length] = block[origin, :length]
+            for memory in (layer.memory_keys, layer.memory_values):
+                if memory is not None:
+                    memory[goal] = memory[origin]
