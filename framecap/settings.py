@@ -19,6 +19,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    CliApp,
     InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
@@ -73,7 +74,7 @@ class JobSettings(BaseSettings):
         protected_namespaces=(),
     )
     # Variables that the library itself reads; no job has a setting of that name.
-    environment_only: ClassVar[frozenset[str]] = frozenset({"FRAMECAP_CACHE_DIR"})
+    environment_only: ClassVar[frozenset[str]] = frozenset({"FRAMECAP_CACHE", "FRAMECAP_CAPTIONER"})
 
     config: Path | None = Field(None, description="YAML file with any of these settings, by name")
     storage_options: dict[str, Any] = Field(
@@ -106,7 +107,7 @@ class JobSettings(BaseSettings):
         _check_environment(cls)
         token = _FILE_VALUES.set(_read_config(cls, arguments))
         try:
-            return cls(_cli_parse_args=arguments, _cli_exit_on_error=False, _cli_prog_name=Path(sys.argv[0]).name)
+            return CliApp.run(cls, cli_args=arguments, cli_exit_on_error=False)
         except ValidationError as error:
             raise SettingsError(_one_line(cls, error)) from None
         except PydanticSettingsError as error:
@@ -127,9 +128,8 @@ def _nearest(wrong: str, known: list[str]) -> str:
 
 def _check_flags(cls: type[JobSettings], arguments: list[str]) -> None:
     positive = [flag(name) for name in cls.model_fields]
-    negative = [
-        "--no-" + name.replace("_", "-") for name, field in cls.model_fields.items() if field.annotation is bool
-    ]
+    switches = [name for name, field in cls.model_fields.items() if field.annotation is bool]
+    negative = ["--no-" + name.replace("_", "-") for name in switches]
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and len(name) > 2 and name not in {*positive, *negative, "--help"}:

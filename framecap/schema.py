@@ -1,0 +1,148 @@
+"""The data contract: columns of frame shards and caption shards, status values, file metadata, versions.
+
+Knows nothing of storage, Ray or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from framecap.errors import ShardError
+
+SCHEMA_VERSION = 1
+STATE_FOLDER = "_framecap"  # everything under OUT that is not a caption shard
+SHARD_SUFFIX = ".parquet"
+
+STATUS_OK = "ok"
+STATUS_TRUNCATED = "truncated"
+STATUS_ERROR = "error"
+STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_ERROR)
+
+REUSED_IDENTICAL = "identical"  # the same bytes were captioned before in this run
+REUSED_SIMILAR = "similar"  # the frame before it in the same video was near enough (--reuse-similarity)
+
+CAPTION_FIELDS = (
+    pa.field("caption", pa.string()),
+    pa.field("caption_status", pa.string(), nullable=False),
+    pa.field("caption_error", pa.string()),
+    pa.field("caption_logprob", pa.float32()),
+    pa.field("caption_min_logprob", pa.float32()),
+    pa.field("caption_tokens", pa.int16()),
+    pa.field("caption_similarity", pa.float32()),
+    pa.field("caption_reused", pa.string()),
+)
+CANDIDATES_FIELD = pa.field("caption_candidates", pa.list_(pa.string()))
+EMBEDDING_COLUMN = "image_embedding"
+
+META_VERSION = b"framecap.schema_version"
+META_FINGERPRINT = b"framecap.fingerprint"
+META_SOURCE = b"framecap.source"
+META_SIGNATURE = b"framecap.signature"
+META_ERRORS = b"framecap.error_rows"
+# Written by other tools about columns that a caption shard no longer has.
+_FOREIGN_METADATA = (b"pandas", b"huggingface", b"ARROW:schema")
+
+
+def caption_schema(candidates: bool = False, embedding_size: int | None = None) -> pa.Schema:
+    """The columns that captioning adds, in order; the two optional ones only on request."""
+    fields = list(CAPTION_FIELDS)
+    if candidates:
+        fields.append(CANDIDATES_FIELD)
+    if embedding_size is not None:
+        fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), embedding_size)))
+    return pa.schema(fields)
+
+
+@dataclass(frozen=True)
+class InputColumns:
+    """Which input columns mean what, and which of them the output keeps (``None``: all but the image)."""
+
+    frame_id: str = "frame_id"
+    image: str = "image"
+    image_uri: str = "image_uri"
+    keep: tuple[str, ...] | None = None
+
+    def check(self, schema: pa.Schema, added: pa.Schema) -> None:
+        """Raise ``ShardError`` (``missing_column``, ``wrong_type``, ``column_conflict``) if unusable."""
+        names = set(schema.names)
+        if self.frame_id not in names:
+            raise ShardError("missing_column", f"no column {self.frame_id!r}; it has {_listed(schema)}")
+        if self.image not in names and self.image_uri not in names:
+            raise ShardError(
+                "missing_column", f"neither {self.image!r} nor {self.image_uri!r}; it has {_listed(schema)}"
+            )
+        id_type = schema.field(self.frame_id).type
+        if not (is_text(id_type) or pa.types.is_integer(id_type)):
+            raise ShardError("wrong_type", f"{self.frame_id!r} is {id_type}; it must be string or integer")
+        if self.image in names and not _is_image(image_type := schema.field(self.image).type):
+            raise ShardError(
+                "wrong_type", f"{self.image!r} is {image_type}; it must be binary or struct<bytes, path>"
+            )
+        if self.image_uri in names and not is_text(uri_type := schema.field(self.image_uri).type):
+            raise ShardError("wrong_type", f"{self.image_uri!r} is {uri_type}; it must be string")
+        if missing := [name for name in self.keep or () if name not in names]:
+            raise ShardError("missing_column", f"no column {missing[0]!r} to keep; it has {_listed(schema)}")
+        if conflicts := sorted(set(self.kept(schema)) & set(added.names)):
+            raise ShardError(
+                "column_conflict",
+                f"column {conflicts[0]!r} is also written by framecap; leave it out of --keep-columns",
+            )
+
+    def kept(self, schema: pa.Schema) -> list[str]:
+        """The input columns that the output carries, in the input's order; the id is always among them."""
+        if self.keep is None:
+            return [name for name in schema.names if name != self.image]
+        return [name for name in schema.names if name == self.frame_id or name in self.keep]
+
+    def read(self, schema: pa.Schema) -> list[str]:
+        """The input columns that captioning itself reads."""
+        return [name for name in schema.names if name in (self.frame_id, self.image, self.image_uri)]
+
+
+def output_schema(source: pa.Schema, columns: InputColumns, added: pa.Schema) -> pa.Schema:
+    """Schema of the caption shard that belongs to a frame shard: kept columns, then ``added``."""
+    metadata = {k: v for k, v in (source.metadata or {}).items() if k not in _FOREIGN_METADATA}
+    fields = [source.field(name) for name in columns.kept(source)] + list(added)
+    return pa.schema(fields, metadata=metadata or None)
+
+
+def output_metadata(source: str, signature: str, fingerprint: str, error_rows: int) -> dict[bytes, bytes]:
+    """File metadata of a caption shard; ``source`` is the frame shard's path below the input."""
+    return {
+        META_VERSION: str(SCHEMA_VERSION).encode(),
+        META_FINGERPRINT: fingerprint.encode(),
+        META_SOURCE: source.encode(),
+        META_SIGNATURE: signature.encode(),
+        META_ERRORS: str(error_rows).encode(),
+    }
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type holds strings (plain, large, view or dictionary-encoded)."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_binary(kind: Any) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def _is_image(kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        position = kind.get_field_index("bytes")
+        return position >= 0 and _is_binary(kind.field(position).type)
+    return _is_binary(kind)
+
+
+def _listed(schema: pa.Schema) -> str:
+    names = schema.names
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
