@@ -69,7 +69,7 @@ class YttmTokenizer:
             numbers = [int(word) for word in path.read_text(encoding="ascii").split()]
         except ValueError as error:
             raise WeightsError(f"{path} is not a YouTokenToMe model ({error}); fetch it again.") from error
-        chars, rules = (numbers + [0, 0])[:2]
+        chars, rules = [*numbers, 0, 0][:2]
         if len(numbers) != 2 + 2 * chars + 3 * rules + 4 or chars < 1:
             raise WeightsError(
                 f"{path} announces {chars} characters and {rules} rules but is cut; fetch it again."
