@@ -170,6 +170,10 @@ class RuGpt(nn.Module):
         return self._tokenizer
 
     @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
     def device(self) -> torch.device:
         return self.wte.weight.device
 

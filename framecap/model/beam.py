@@ -1,0 +1,169 @@
+"""Beam search with transformers' semantics (5.x ``GenerationMixin._beam_search``, early_stopping=False).
+
+Every frame is searched for itself and leaves when no open beam can beat its worst finished one. Beams share
+their frame's cache: ``ancestors`` says which entries each beam descends from, so nothing is copied when
+beams are reordered.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from framecap.model.decode_options import DecodeOptions
+from framecap.model.penalties import penalise
+from framecap.model.stopping import Candidate, StopRule
+
+_NEVER = -1.0e9
+
+
+class BeamSearch:
+    """State of ``slots`` searches; see ``generate.Search`` for the contract. K beams, G new tokens."""
+
+    def __init__(self, slots: int, options: DecodeOptions, stop: StopRule, device: torch.device) -> None:
+        beams, length = options.num_beams, options.max_new_tokens
+        self.beams, self.options, self.stop = beams, options, stop
+        self.keep = max(2, 1 + len(stop.ids)) * beams
+
+        def block(kind: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(slots, *shape, dtype=kind, device=device)
+
+        self.steps = block(torch.long)
+        self.tokens = block(torch.long, beams, length)
+        self.logprobs = block(torch.float32, beams, length)
+        self.scores = block(torch.float32, beams)
+        self.ancestors = block(torch.bool, beams, length * beams)
+        self.done_tokens = block(torch.long, beams, length)
+        self.done_logprobs = block(torch.float32, beams, length)
+        self.done_scores = block(torch.float32, beams)
+        self.done_lengths = block(torch.long, beams)
+        penalties = [float(step) ** options.length_penalty if step else 1.0 for step in range(length + 1)]
+        self.normaliser = torch.tensor(penalties, device=device)
+        self.own = torch.eye(beams, dtype=torch.bool, device=device)
+
+    def admit(self, rows: slice, seeds: list[tuple[int, int]]) -> None:
+        """Start searches afresh in ``rows``."""
+        self.steps[rows] = 0
+        self.scores[rows] = 0.0
+        self.ancestors[rows] = False
+        self.done_lengths[rows] = 0
+        self.done_scores[rows] = _NEVER
+
+    def advance(self, logits: Tensor, rows: slice) -> Tensor:
+        """Extend all beams by float32 logits [n, K, V] ([n, 1, V] after the prefix); bool [n]: finished."""
+        totals, beam, token, logprob = self._continuations(logits, rows)
+        tokens = _pick(self.tokens[rows], beam)
+        logprobs = _pick(self.logprobs[rows], beam)
+        place = self.steps[rows, None, None].expand(-1, self.keep, 1)
+        tokens.scatter_(2, place, token[..., None])
+        logprobs.scatter_(2, place, logprob[..., None])
+        self.steps[rows] += 1
+        ended = self._ended(token, tokens, rows)
+        self._keep_running(totals + ended * _NEVER, beam, tokens, logprobs, rows)
+        self._keep_finished(totals, ended, tokens, logprobs, rows)
+        return ~self._can_improve(rows) | ended.all(dim=1)
+
+    def _continuations(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The ``keep`` best continuations of each frame: total score, parent beam, token, its logprob."""
+        count, open_beams, vocabulary = logits.shape
+        normaliser = logits.logsumexp(dim=2, keepdim=True)
+        width = min(self.keep, vocabulary)
+        if self.options.repetition_penalty == 1.0 and not self.options.no_repeat_ngram_size:
+            best, token = logits.topk(width, dim=2)
+            best = logprob = best - normaliser
+        else:
+            raw = logits - normaliser
+            tokens = self.tokens[rows, :open_beams].flatten(0, 1)
+            steps = self.steps[rows].repeat_interleave(open_beams)
+            changed = penalise(raw.flatten(0, 1), tokens, steps, self.options).view(raw.shape)
+            best, token = changed.topk(width, dim=2)
+            logprob = raw.gather(2, token)
+        totals = (best + self.scores[rows, :open_beams, None]).flatten(1)
+        totals, place = totals.topk(self.keep, dim=1)
+        beam = place // width
+        return totals, beam, token.flatten(1).gather(1, place), logprob.flatten(1).gather(1, place)
+
+    def _ended(self, token: Tensor, tokens: Tensor, rows: slice) -> Tensor:
+        """Which continuations [n, keep] end here."""
+        steps = self.steps[rows]
+        ended = self.stop.at_stop_token(token) | (steps == self.options.max_new_tokens)[:, None]
+        for place in self.stop.completing(token):
+            row, number = divmod(place, self.keep)
+            if self.stop.ends_text(tokens[row, number, : int(steps[row])].tolist()):
+                ended[row, number] = True
+        return ended
+
+    def _keep_running(
+        self, totals: Tensor, beam: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice
+    ) -> None:
+        scores, place = totals.topk(self.beams, dim=1)
+        self.scores[rows] = scores
+        self.tokens[rows] = _pick(tokens, place)
+        self.logprobs[rows] = _pick(logprobs, place)
+        seen = _pick(self.ancestors[rows], beam.gather(1, place))
+        # The token just chosen will stand at [step, beam] of the cache; each beam sees its own.
+        columns = self.columns(rows)[:, None].expand(-1, self.beams, -1)
+        self.ancestors[rows] = seen.scatter(2, columns, self.own.expand(seen.shape[0], -1, -1))
+
+    def _keep_finished(
+        self, totals: Tensor, ended: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice
+    ) -> None:
+        # Only the best num_beams continuations may become results; the others are there to go on with.
+        ended = ended[:, : self.beams]
+        steps = self.steps[rows]
+        scores = totals[:, : self.beams] / self.normaliser[steps][:, None] + ~ended * _NEVER
+        lengths = ended * steps[:, None]
+        merged = torch.cat((self.done_scores[rows], scores), dim=1)
+        self.done_scores[rows], place = merged.topk(self.beams, dim=1)
+        for done, new in (
+            (self.done_tokens, tokens[:, : self.beams]),
+            (self.done_logprobs, logprobs[:, : self.beams]),
+            (self.done_lengths, lengths),
+        ):
+            done[rows] = _pick(torch.cat((done[rows], new), dim=1), place)
+
+    def _can_improve(self, rows: slice) -> Tensor:
+        best = self.scores[rows, :1] / self.normaliser[self.steps[rows]][:, None]
+        done = self.done_scores[rows]
+        worst = torch.where(self.done_lengths[rows] > 0, done.min(dim=1, keepdim=True).values, _NEVER)
+        return (best > worst).any(dim=1)
+
+    def columns(self, rows: slice) -> Tensor:
+        """Places of the last tokens among the generated cache entries, int64 [n, K]."""
+        return (self.steps[rows, None] - 1) * self.beams + torch.arange(self.beams, device=self.steps.device)
+
+    def last_ids(self, rows: slice) -> Tensor:
+        """The tokens chosen last, int64 [n, K]."""
+        place = self.steps[rows, None, None].expand(-1, self.beams, 1) - 1
+        return self.tokens[rows].gather(2, place)[..., 0]
+
+    def seen(self, rows: slice, entries: int) -> Tensor:
+        """Which of the first ``entries`` generated cache entries each beam sees: bool [n, K, entries]."""
+        return self.ancestors[rows, :, :entries]
+
+    def candidates(self, row: int) -> list[Candidate]:
+        """The ``num_return_sequences`` best finished captions of ``row``, best first."""
+        lengths = self.done_lengths[row].tolist()
+        scores = self.done_scores[row].tolist()
+        found = []
+        for number in range(self.options.num_return_sequences):
+            length = lengths[number]
+            if length:
+                tokens = self.done_tokens[row, number, :length].tolist()
+                logprobs = self.done_logprobs[row, number, :length].tolist()
+                found.append(self.stop.candidate(tokens, logprobs, scores[number]))
+        return found
+
+    def state(self) -> list[Tensor]:
+        """All tensors whose first dimension is the slot."""
+        return [
+            self.steps, self.tokens, self.logprobs, self.scores, self.ancestors,
+            self.done_tokens, self.done_logprobs, self.done_scores, self.done_lengths,
+        ]  # fmt: skip
+
+
+def _pick(values: Tensor, place: Tensor) -> Tensor:
+    """Rows of [n, K, ...] chosen by int64 [n, J] → [n, J, ...]."""
+    if values.dim() == 2:
+        return values.gather(1, place)
+    return values.gather(1, place[..., None].expand(-1, -1, values.shape[2]))
