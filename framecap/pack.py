@@ -1,0 +1,353 @@
+"""``framecap pack``: images, folders and video files → frame shards that the caption job reads.
+
+Order and ids are determined by the sources alone: the same sources give the same shards, byte for byte of
+their columns. What cannot be read is listed and the rest goes on. Knows nothing of captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from framecap.errors import FrameError, SettingsError
+from framecap.storage import atomic_path, join, open_fs, read_bytes
+from framecap.video import SELECTIONS, Selection, read_video
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv"}
+    | {".3gp", ".ogv"}
+)
+FRAME_SHARD_SCHEMA = pa.schema(
+    [
+        ("frame_id", pa.string()),
+        ("video_id", pa.string()),
+        ("frame_index", pa.int32()),
+        ("timestamp_ms", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image", pa.binary()),
+    ]
+)
+_SHARD_NAME = re.compile(r"frames-\d{5,}\.parquet")
+_ROW_GROUP_BYTES = 16 * 1024 * 1024
+_READ_AHEAD = 16
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How sources become shards: which video frames, their JPEG quality, the size of a shard in MB."""
+
+    selection: Selection = field(default_factory=Selection)
+    quality: int = 90
+    shard_mb: float = 256
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise SettingsError(f"quality={self.quality} is outside 1…100; 90 is a good value")
+        if not self.shard_mb > 0:
+            raise SettingsError(f"shard size {self.shard_mb} MB is impossible; 256 is a good value")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to pack: ``name`` is the frame id of an image, or the video id of a video."""
+
+    uri: str
+    name: str
+    video_id: str
+    position: int
+    is_video: bool
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A source that gave no frames, or fewer than it should."""
+
+    uri: str
+    error: str
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What was written: frames, shards (URIs), and what could not be read."""
+
+    frames: int
+    shards: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...]
+
+
+Row = dict[str, str | int | bytes | None]
+
+
+def pack(
+    sources: Sequence[str], out: str, options: PackOptions | None = None, progress: bool | None = None
+) -> PackResult:
+    """Write the frames of ``sources`` (images, videos, folders of them, recursively) as shards under ``out``.
+
+    An image's id is its path below its folder; a video frame's is ``<video>/<frame_index:06d>``. Images are
+    stored as they are, video frames as JPEG. ``progress`` shows a bar; by default on a terminal only.
+
+    Raises:
+        SettingsError: no source, two sources of one name, or ``out`` already holds shards.
+        StorageError: ``out`` has a scheme without a backend.
+    """
+    options = options or PackOptions()
+    found = list_sources(sources)
+    _clear(out, options.overwrite)
+    unreadable: list[Unreadable] = []
+    silent = not (sys.stderr.isatty() if progress is None else progress)
+    writer = ShardWriter(out, int(options.shard_mb * 1_000_000))
+    with writer, tqdm(found, unit="file", disable=silent, desc="pack") as bar:
+        for source, rows in _read_ahead(bar, options):
+            try:
+                for row in rows:
+                    writer.add(row)
+            except FrameError as error:
+                unreadable.append(Unreadable(source.uri, str(error)))
+            bar.set_postfix(frames=writer.frames, unreadable=len(unreadable), refresh=False)
+    return PackResult(writer.frames, tuple(writer.shards), tuple(unreadable))
+
+
+def list_sources(given: Sequence[str]) -> list[Source]:
+    """Every image and video among ``given``, in the order given; a folder's files in path order.
+
+    With more than one source, a folder's names begin with the folder's own, so that ids stay apart. A video
+    loses its suffix, unless two videos differ by nothing else.
+
+    Raises:
+        SettingsError: nothing to pack, a source that does not exist, or two files of one name.
+    """
+    files = [file for uri in given for file in _below(uri, prefix=len(given) > 1)]
+    if not files:
+        raise SettingsError(
+            f"{', '.join(given) or 'no source'}: no image or video to pack there; check the path"
+        )
+    stems = Counter(str(path.with_suffix("")) for _, path, _ in files if _is_video(path))
+    sources, seen, positions = [], dict[str, str](), Counter[str]()
+    for uri, path, folder in files:
+        stem, video = str(path.with_suffix("")), _is_video(path)
+        name = stem if video and stems[stem] == 1 else str(path)
+        if name in seen:
+            raise SettingsError(
+                f"{seen[name]} and {uri} would share the id {name!r}; pack a folder that holds both"
+            )
+        seen[name] = uri
+        video_id = name if video else folder
+        sources.append(Source(uri, name, video_id, positions[video_id], video))
+        positions[video_id] += 1
+    return sources
+
+
+def _is_video(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _below(uri: str, prefix: bool) -> list[tuple[str, PurePosixPath, str]]:
+    """(URI, path that names it, folder) of each file at or below ``uri``."""
+    fs, path = open_fs(uri)
+    root = PurePosixPath(path)
+    if fs.isfile(path):
+        return [(uri, PurePosixPath(root.name), root.parent.name)]
+    if not fs.exists(path):
+        raise SettingsError(f"{uri} does not exist; check the path")
+    found = []
+    for file in sorted(fs.find(path)):
+        relative = PurePosixPath(file).relative_to(root)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not hidden and relative.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+            named = root.name / relative if prefix else relative
+            folder = str(named.parent) if named.parent.name else root.name
+            found.append((join(uri, str(relative)), named, folder))
+    return found
+
+
+def _clear(out: str, overwrite: bool) -> None:
+    fs, path = open_fs(out)
+    shards = [file for file in (fs.find(path) if fs.exists(path) else []) if file.endswith(".parquet")]
+    if shards and not overwrite:
+        raise SettingsError(
+            f"{out} already holds {len(shards)} shards; choose an empty folder, or --overwrite"
+        )
+    foreign = [file for file in shards if not _SHARD_NAME.fullmatch(PurePosixPath(file).name)]
+    if foreign:
+        raise SettingsError(
+            f"{foreign[0]} was not written by pack; --overwrite would mix with it: choose another folder"
+        )
+    for file in shards:
+        fs.rm_file(file)
+
+
+def _read_ahead(sources: Iterable[Source], options: PackOptions) -> Iterator[tuple[Source, Iterable[Row]]]:
+    """Each source with its rows; images are read by threads a few ahead, since they wait for storage."""
+    with ThreadPoolExecutor(_READ_AHEAD, "pack") as threads:
+        waiting: deque[tuple[Source, Future[Row] | None]] = deque()
+        for source in sources:
+            waiting.append((source, None if source.is_video else threads.submit(_image_row, source)))
+            if len(waiting) > _READ_AHEAD:
+                yield _opened(*waiting.popleft(), options)
+        while waiting:
+            yield _opened(*waiting.popleft(), options)
+
+
+def _opened(source: Source, image: Future[Row] | None, options: PackOptions) -> tuple[Source, Iterable[Row]]:
+    return source, _video_rows(source, options) if image is None else (
+        pending.result() for pending in [image]
+    )
+
+
+def _image_row(source: Source) -> Row:
+    data = read_bytes(source.uri)
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            size = picture.size
+            picture.draft("RGB", (8, 8))  # a JPEG is decoded at an eighth: enough to see that it is whole
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        kind = (
+            "empty"
+            if not data
+            else "not_an_image"
+            if isinstance(error, UnidentifiedImageError)
+            else "truncated"
+        )
+        raise FrameError(kind, f"the image cannot be read: {error}") from error
+    return _row(source.name, source.video_id, source.position, None, size, data)
+
+
+def _video_rows(source: Source, options: PackOptions) -> Iterator[Row]:
+    fs, path = open_fs(source.uri)
+    with fs.open(path, "rb") as file:
+        for frame in read_video(file, options.selection):
+            data = io.BytesIO()
+            frame.picture.save(data, "JPEG", quality=options.quality)
+            yield _row(
+                f"{source.name}/{frame.index:06d}",
+                source.video_id,
+                frame.index,
+                frame.timestamp_ms,
+                frame.picture.size,
+                data.getvalue(),
+            )
+
+
+def _row(
+    frame_id: str, video_id: str, index: int, timestamp_ms: int | None, size: tuple[int, int], image: bytes
+) -> Row:
+    values = (frame_id, video_id, index, timestamp_ms, *size, image)
+    return dict(zip(FRAME_SHARD_SCHEMA.names, values, strict=True))
+
+
+class ShardWriter:
+    """Writes rows to ``frames-00000.parquet``, … under ``out``; a shard appears whole or not at all."""
+
+    def __init__(self, out: str, shard_bytes: int) -> None:
+        self._out = out
+        self._shard_bytes = shard_bytes
+        self._rows: list[Row] = []
+        self._row_bytes = 0
+        self._written_bytes = 0
+        self._file: Any = None
+        self._parquet: pq.ParquetWriter | None = None
+        self.frames = 0
+        self.shards: list[str] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._end_shard()
+        elif self._parquet is not None:
+            self._parquet.close()
+            self._file.close()
+
+    def add(self, row: Row) -> None:
+        """Take one row; a row group or shard that is full is written at once."""
+        self._rows.append(row)
+        self._row_bytes += len(cast(bytes, row["image"]))
+        self.frames += 1
+        if self._row_bytes >= _ROW_GROUP_BYTES:
+            self._end_group()
+        if self._written_bytes + self._row_bytes >= self._shard_bytes:
+            self._end_shard()
+
+    def _end_group(self) -> None:
+        if not self._rows:
+            return
+        if self._parquet is None:
+            self._file = tempfile.NamedTemporaryFile(suffix=".parquet")  # noqa: SIM115 (closed in _end_shard)
+            # Images are compressed already; zstd would cost time and save nothing on them.
+            codecs = {name: "none" if name == "image" else "zstd" for name in FRAME_SHARD_SCHEMA.names}
+            self._parquet = pq.ParquetWriter(self._file, FRAME_SHARD_SCHEMA, compression=codecs)
+        self._parquet.write_table(pa.Table.from_pylist(self._rows, FRAME_SHARD_SCHEMA))
+        self._written_bytes += self._row_bytes
+        self._rows, self._row_bytes = [], 0
+
+    def _end_shard(self) -> None:
+        self._end_group()
+        if self._parquet is None:
+            return
+        self._parquet.close()
+        self._file.flush()
+        uri = join(self._out, f"frames-{len(self.shards):05d}.parquet")
+        fs, path = open_fs(uri)
+        with atomic_path(fs, path) as target:
+            fs.put_file(self._file.name, target)
+        self._file.close()
+        self._parquet, self._written_bytes = None, 0
+        self.shards.append(uri)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``framecap pack``."""
+    parser.description = "Images, folders of them, and video files become frame shards (Parquet)."
+    parser.add_argument("sources", nargs="+", metavar="SRC", help="image, video, or folder (recursive)")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder for the shards")
+    parser.add_argument(
+        "--select", choices=SELECTIONS, default="every", help="which frames of a video (default: every)"
+    )
+    parser.add_argument(
+        "--every", type=float, default=1.0, metavar="SECONDS", help="for --select every (default: 1)"
+    )
+    parser.add_argument(
+        "--scene-threshold",
+        type=float,
+        default=0.3,
+        metavar="T",
+        help="for --select scene: 0 to 1 (default: 0.3)",
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of video frames (default: 90)")
+    parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard in MB (default: 256)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the shards an earlier pack left in OUT"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """``framecap pack``; 0, or 3 if something could not be read."""
+    selection = Selection(args.select, args.every, args.scene_threshold)
+    options = PackOptions(selection, args.quality, args.shard_mb, args.overwrite)
+    result = pack(args.sources, args.out, options)
+    print(f"{result.frames} frames in {len(result.shards)} shards under {args.out}")
+    if not result.unreadable:
+        return 0
+    print(f"{len(result.unreadable)} files could not be read to their end:", file=sys.stderr)
+    for entry in result.unreadable:
+        print(f"  {entry.uri}: {entry.error}", file=sys.stderr)
+    return 3
