@@ -164,7 +164,7 @@ def from_published(
 
 
 def openai_image_tower(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The image tower of an OpenAI-layout state dict, renamed to ``visual.*``; WeightsError if there is none."""
+    """The image tower of an OpenAI-layout state dict, as ``visual.*``; WeightsError if there is none."""
     for prefix in PROTOTYPE_PREFIXES:
         if f"{prefix}conv1.weight" in state:
             tower = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
