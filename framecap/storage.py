@@ -28,7 +28,15 @@ from framecap.errors import ChecksumError, MissingFileError, SettingsError, Stor
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
 MANIFEST = "manifest.json"
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "abfs": "azure",
+    "abfss": "azure",
+    "az": "azure",
+}
 
 
 def is_local(uri: str | os.PathLike[str]) -> bool:
@@ -49,7 +57,9 @@ def storage_options() -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise SettingsError(f"{OPTIONS_VARIABLE}={text!r} is not JSON ({error}); write it like '{{\"anon\": true}}'") from error
+        raise SettingsError(
+            f"{OPTIONS_VARIABLE}={text!r} is not JSON ({error}); write it like '{{\"anon\": true}}'"
+        ) from error
     if not isinstance(options, dict):
         raise SettingsError(f"{OPTIONS_VARIABLE}={text!r} is not a JSON object; write it like '{{\"anon\": true}}'")
     return options
@@ -211,7 +221,9 @@ def manifest_files(data: bytes, source: str) -> dict[str, dict[str, Any]]:
         files = json.loads(data)["files"]
         entries = {str(name): {"sha256": str(e["sha256"]), "size": int(e["size"])} for name, e in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ChecksumError(f"{source} is not a captioner manifest ({error!r}); assemble the captioner again") from error
+        raise ChecksumError(
+            f"{source} is not a captioner manifest ({error!r}); assemble the captioner again"
+        ) from error
     for name in entries:
         if name.startswith("/") or ".." in name.split("/"):
             raise ChecksumError(f"{source} lists {name!r}, which lies outside its folder; assemble the captioner again")

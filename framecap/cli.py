@@ -1,0 +1,114 @@
+"""The `framecap` command: describe, assemble, pack, verify, report. Each subcommand is one call."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from framecap import __version__
+from framecap.errors import FramecapError, SettingsError
+
+EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED = 0, 1, 2, 3
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but one clear line on standard error instead of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_SETTINGS, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit code is 0, 1 (verify found faults), 2 (settings) or 3 (some inputs failed)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except BrokenPipeError:  # the reader, for instance `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except (FramecapError, OSError) as error:
+        print(f"framecap: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+
+
+def _parser() -> argparse.ArgumentParser:
+    from framecap import pack, verify
+    from framecap.report import report
+
+    parser = _Parser(prog="framecap", description="Russian descriptions of video frames.")
+    parser.add_argument("--version", action="version", version=f"framecap {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    describe = commands.add_parser("describe", help="caption image files on this machine")
+    _describe_arguments(describe)
+    describe.set_defaults(run=_describe)
+    assemble = commands.add_parser("assemble", help="encoder + decoder + bridge → a captioner directory")
+    _assemble_arguments(assemble)
+    assemble.set_defaults(run=_assemble)
+    for name, module, text in (
+        ("pack", pack, "images, folders or video files → frame shards"),
+        ("verify", verify, "prove that every frame of IN is in OUT once, in order"),
+        ("report", report, "one self-contained report.html of a run"),
+    ):
+        command = commands.add_parser(name, help=text)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--captioner", help="captioner directory or URI (default: $FRAMECAP_CAPTIONER, else bundled)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
+    parser.add_argument("--num-beams", type=int, default=1, help="beams of the search; 1 is greedy (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="longest caption in tokens (default: 40)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per image, with all scores")
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from framecap.model.captioner import Captioner, bundled_captioner
+    from framecap.model.generate import DecodeOptions
+
+    options = DecodeOptions(num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
+    uri = args.captioner or os.environ.get("FRAMECAP_CAPTIONER") or bundled_captioner()
+    captions = Captioner.from_pretrained(uri, args.device, args.dtype).caption(
+        [Path(image) for image in args.images], options
+    )
+    for image, caption in zip(args.images, captions, strict=True):
+        if args.json:
+            print(json.dumps({"image": image, **dataclasses.asdict(caption)}, ensure_ascii=False))
+        elif caption.error is None:
+            print(f"{image}: {caption.text}" if len(captions) > 1 else caption.text)
+        if caption.error is not None:
+            print(f"framecap: {image}: {caption.error}", file=sys.stderr)
+    return EXIT_SOME_FAILED if any(caption.status == "error" for caption in captions) else EXIT_OK
+
+
+def _assemble_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoder", required=True, help="ruCLIP checkpoint directory, or ViT-B32-small.pt")
+    parser.add_argument("--decoder", required=True, help="ruGPT3 checkpoint directory (transformers layout)")
+    parser.add_argument("--bridge", required=True, help="bridge.safetensors, or a ClipCap checkpoint (.pt)")
+    parser.add_argument("--config", help="config.json of the bridge (default: the one beside bridge.safetensors)")
+    parser.add_argument("--out", required=True, help="the captioner directory to make")
+
+
+def _assemble(args: argparse.Namespace) -> int:
+    from framecap.model.captioner_config import CaptionerConfig
+    from framecap.model.convert import assemble
+
+    if args.config and not Path(args.config).is_file():
+        raise SettingsError(f"--config {args.config} does not exist; give the bridge's config.json")
+    config = CaptionerConfig.from_file(Path(args.config)) if args.config else None
+    out = assemble(args.encoder, args.decoder, args.bridge, args.out, config)
+    print(f"{out}: a captioner; try `framecap describe IMAGE --captioner {out}`")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

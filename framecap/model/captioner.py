@@ -1,0 +1,334 @@
+"""Captioner: frames → pixels → features → prefix → tokens → text, with published checkpoints.
+
+Knows nothing of Ray, Parquet or shards; runs on a bare PyTorch machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from framecap.errors import FrameError, SettingsError
+from framecap.model.bridge import Bridge, build_bridge
+from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
+from framecap.model.generate import Candidate, DecodeOptions, generate
+from framecap.model.images import Frame, crop_and_resize, normalise
+from framecap.model.ruclip import ImageFeatures, RuClip
+from framecap.model.rugpt import RuGpt
+from framecap.model.weights import load_strictly, read_state_dict
+from framecap.storage import MANIFEST, local_copy
+
+BRIDGE_WEIGHTS = "bridge.safetensors"
+BRIDGE_PREFIX = "bridge."
+CROSS_ATTENTION_PREFIX = "decoder."
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ENCODE_BATCH = {"cpu": 32, "cuda": 256}  # frames per pass through a tower
+CAPTION_BATCH = 512  # frames whose features are held at once
+# Scores are rounded: their last bits depend on how many rows shared a matrix product.
+DECIMALS = 5
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What the captioner says of one frame.
+
+    ``logprob`` and ``min_logprob``: mean and lowest natural-log probability of the tokens, the closing one
+    included; ``tokens``: how many were generated, without it; ``similarity``: ruCLIP cosine in [-1, 1], None
+    without a text tower; ``error``: None or "kind: message"; ``candidates``: all texts, best first, when more
+    than one was asked for.
+    """
+
+    text: str
+    logprob: float | None = None
+    min_logprob: float | None = None
+    tokens: int = 0
+    similarity: float | None = None
+    status: str = "ok"
+    error: str | None = None
+    candidates: tuple[str, ...] = ()
+
+    @classmethod
+    def failed(cls, error: FrameError) -> Caption:
+        """The row of a frame that could not be captioned."""
+        return cls(text="", status="error", error=str(error))
+
+
+class Captioner:
+    """A ruCLIP encoder, a bridge and a ruGPT3 decoder on one device."""
+
+    def __init__(
+        self,
+        encoder: RuClip,
+        bridge: Bridge,
+        decoder: RuGpt,
+        config: CaptionerConfig,
+        source: Path | None = None,
+    ) -> None:
+        check_fit(config.bridge, encoder.config, decoder.config)
+        self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
+        self._source = source
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        uri: str | os.PathLike[str],
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+    ) -> Captioner:
+        """Load a captioner directory, local or at any fsspec URI (copied once per node, checksums verified).
+
+        ``auto``: CUDA and float16 where there is a GPU, else CPU and float32.
+
+        Raises:
+            MissingFileError, ChecksumError, WeightsError, StateDictError, BridgeMismatchError: see each.
+        """
+        directory = local_copy(uri)
+        place = choose_device(device)
+        kind = choose_dtype(dtype, place)
+        config = CaptionerConfig.from_file(directory / CONFIG_NAME)
+        encoder = RuClip.from_pretrained(directory / "encoder", place, kind)
+        crosses = config.bridge.kind == "cross_attention"
+        decoder = RuGpt.from_pretrained(directory / "decoder", place, kind, cross_attention=crosses)
+        check_fit(config.bridge, encoder.config, decoder.config)
+        bridge = build_bridge(config.bridge)
+        load_bridge(directory / BRIDGE_WEIGHTS, bridge, decoder)
+        return cls(encoder, bridge.to(place, kind).eval(), decoder, config, directory)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the encoder's square input, in pixels."""
+        return self.encoder.config.image_resolution
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.device
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of manifest.json, so of every file of the captioner directory.
+
+        Raises:
+            SettingsError: the captioner was not loaded from a directory.
+        """
+        return hashlib.sha256((self._directory() / MANIFEST).read_bytes()).hexdigest()
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Copy the captioner's files, as published, to a local folder that is absent or empty."""
+        target = Path(directory)
+        if target.exists() and any(target.iterdir()):
+            raise SettingsError(f"{target} is not empty; give a folder that does not exist yet")
+        shutil.copytree(self._directory(), target, dirs_exist_ok=True)
+
+    def caption(self, frames: Sequence[Frame], options: DecodeOptions | None = None) -> list[Caption]:
+        """One caption per frame, in order. A frame that cannot be used gets ``status == "error"``.
+
+        ``frames``: encoded bytes, paths, PIL images or uint8 arrays [H, W, 3], in any mixture.
+        """
+        options = options or DecodeOptions()
+        captions: list[Caption] = []
+        for chunk in _chunks(frames, CAPTION_BATCH):
+            results = self._pixels(chunk)
+            good = [pixels for pixels in results if not isinstance(pixels, FrameError)]
+            made = iter(self.caption_pixels(np.stack(good), options) if good else [])
+            captions += [Caption.failed(r) if isinstance(r, FrameError) else next(made) for r in results]
+        return captions
+
+    @torch.inference_mode()
+    def caption_pixels(
+        self,
+        pixels: np.ndarray,
+        options: DecodeOptions | None = None,
+        seeds: Sequence[int] | None = None,
+        similarity: bool = True,
+    ) -> list[Caption]:
+        """Captions of cropped frames: uint8 [N, R, R, 3] as ``crop_and_resize`` gives.
+
+        Without ``seeds`` a frame's sampling seed follows from ``options.seed`` and its pixels alone, so that
+        neither its neighbours nor its place matter. ``similarity=False`` leaves the text tower idle.
+        """
+        options = self._with_stop(options or DecodeOptions())
+        seeds = seeds if seeds is not None else [frame_seed(frame, options.seed) for frame in pixels]
+        captions: list[Caption] = []
+        for start in range(0, len(pixels), CAPTION_BATCH):
+            part = slice(start, start + CAPTION_BATCH)
+            features = self.features(pixels[part])
+            prefix, memory = self.bridge(features)
+            candidates = generate(self.decoder, prefix, memory, options, list(seeds[part]))
+            captions += self._captions(candidates, features.pooled, options, similarity)
+        return captions
+
+    @torch.inference_mode()
+    def features(self, pixels: np.ndarray) -> ImageFeatures:
+        """Cropped frames uint8 [N, R, R, 3] → the encoder's pooled [N, D] and patch [N, P + 1, W] features."""
+        config, parts = self.encoder.config, []
+        for batch in _chunks(list(pixels), ENCODE_BATCH[self.device.type]):
+            moved = _to_device(np.stack(batch), self.device)
+            parts.append(self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype)))
+        return ImageFeatures(torch.cat([p.pooled for p in parts]), torch.cat([p.patches for p in parts]))
+
+    def embed_images(self, frames: Sequence[Frame]) -> np.ndarray:
+        """ruCLIP embeddings of frames, float32 [N, D], L2-normalised. Raises FrameError for a bad frame."""
+        parts = []
+        for chunk in _chunks(frames, CAPTION_BATCH):
+            results = self._pixels(chunk)
+            for result in results:
+                if isinstance(result, FrameError):
+                    raise result
+            parts.append(_unit(self.features(np.stack(results)).pooled))  # type: ignore[arg-type]
+        return _rows(parts, self.encoder.config.embed_dim)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """ruCLIP embeddings of texts, float32 [N, D], L2-normalised. Raises CaptionerError without a text tower."""
+        parts = [
+            _unit(self.encoder.encode_text(self.encoder.tokenize(list(batch))))
+            for batch in _chunks(texts, ENCODE_BATCH[self.device.type])
+        ]
+        return _rows(parts, self.encoder.config.embed_dim)
+
+    def _directory(self) -> Path:
+        if self._source is None:
+            raise SettingsError(
+                "this captioner was not loaded from a directory; assemble it with framecap.model.convert"
+            )
+        return self._source
+
+    def _with_stop(self, options: DecodeOptions) -> DecodeOptions:
+        return options if options.stop else replace(options, stop=self.config.stop)
+
+    def _pixels(self, frames: Sequence[Frame]) -> list[np.ndarray | FrameError]:
+        def cropped(frame: Frame) -> np.ndarray | FrameError:
+            try:
+                return crop_and_resize(frame, self.resolution)
+            except FrameError as error:
+                return error
+
+        if len(frames) == 1:
+            return [cropped(frames[0])]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(cropped, frames))
+
+    def _captions(
+        self, candidates: list[list[Candidate]], pooled: Tensor, options: DecodeOptions, similarity: bool
+    ) -> list[Caption]:
+        wanted = (similarity or options.rerank) and self.encoder.has_text
+        scores = self._similarities(candidates, pooled) if wanted else None
+        captions = []
+        for row, ranked in enumerate(candidates):
+            order = list(range(len(ranked)))
+            if options.rerank and scores is not None:
+                order.sort(key=lambda i: -scores[row][i])
+            best = ranked[order[0]]
+            captions.append(
+                Caption(
+                    text=best.text,
+                    logprob=round(best.logprob, DECIMALS),
+                    min_logprob=round(best.min_logprob, DECIMALS),
+                    tokens=len(best.tokens),
+                    similarity=round(scores[row][order[0]], DECIMALS) if scores is not None else None,
+                    status="truncated" if best.truncated else "ok",
+                    candidates=tuple(ranked[i].text for i in order) if len(ranked) > 1 else (),
+                )
+            )
+        return captions
+
+    def _similarities(self, candidates: list[list[Candidate]], pooled: Tensor) -> list[list[float]]:
+        texts = [candidate.text for ranked in candidates for candidate in ranked]
+        counts = [len(ranked) for ranked in candidates]
+        images = np.repeat(_unit(pooled), counts, axis=0)
+        scores = iter((images * self.embed_texts(texts)).sum(axis=1).tolist())
+        return [[next(scores) for _ in range(count)] for count in counts]
+
+
+def load_bridge(path: Path, bridge: Bridge, decoder: RuGpt) -> None:
+    """Load bridge.safetensors strictly: ``bridge.*`` into the bridge, ``decoder.*`` into cross-attention layers."""
+    state = read_state_dict(path)
+    crossing = {name: tensor for name, tensor in state.items() if name.startswith(CROSS_ATTENTION_PREFIX)}
+    own = {name.removeprefix(BRIDGE_PREFIX): tensor for name, tensor in state.items() if name not in crossing}
+    load_strictly(bridge, own, path)
+    decoder.load_cross_attention_state(crossing, path)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """``auto`` → the GPU if there is one, else the CPU. Raises SettingsError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"device {device!r} is unknown; use auto, cpu or cuda") from error
+    if chosen.type not in ENCODE_BATCH:
+        raise SettingsError(f"device {str(device)!r} is not supported; use auto, cpu or cuda")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"device {str(device)!r} was asked for, but no GPU is visible; use auto or cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """``auto`` → float16 on a GPU, float32 on the CPU. Raises SettingsError for an unknown name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise SettingsError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def frame_seed(pixels: np.ndarray, seed: int) -> int:
+    """A 63-bit sampling seed from a frame's own pixels and the run's seed."""
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=8, key=str(seed).encode())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def describe_image(frame: Frame) -> str:
+    """A Russian description of one frame by the bundled captioner, or the one at ``$FRAMECAP_CAPTIONER``.
+
+    Raises FrameError when the frame cannot be used.
+    """
+    caption = _described_by(os.environ.get("FRAMECAP_CAPTIONER") or bundled_captioner()).caption([frame])[0]
+    if caption.error is not None:
+        kind, _, message = caption.error.partition(": ")
+        raise FrameError(kind, message)
+    return caption.text
+
+
+def bundled_captioner() -> str:
+    """Path of the mini captioner that ships inside the package."""
+    return str(Path(__file__).parent.parent / "demo" / "mini")
+
+
+@functools.lru_cache(maxsize=1)
+def _described_by(uri: str) -> Captioner:
+    return Captioner.from_pretrained(uri)
+
+
+def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(pixels)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _unit(embeddings: Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
+
+
+def _rows(parts: list[np.ndarray], width: int) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)

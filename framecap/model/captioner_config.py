@@ -1,0 +1,72 @@
+"""config.json of a captioner directory: which bridge joins encoder and decoder, and where a caption stops."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from framecap.errors import BridgeMismatchError, CaptionerError
+from framecap.model.bridge import BridgeConfig
+from framecap.model.ruclip import RuClipConfig
+from framecap.model.rugpt import RuGptConfig
+from framecap.model.weights import read_json
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+_KEYS = ("format_version", "bridge", "stop")
+
+
+@dataclass(frozen=True)
+class CaptionerConfig:
+    """``stop``: strings that end a caption unless ``DecodeOptions.stop`` says otherwise (ClipCap: ".")."""
+
+    bridge: BridgeConfig
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def from_file(cls, path: Path) -> CaptionerConfig:
+        """Read a captioner's config.json.
+
+        Raises:
+            MissingFileError, WeightsError: the file is not there or is not JSON.
+            CaptionerError: a key is unknown or missing, or the format is of a later version.
+        """
+        values = read_json(path)
+        for key in values:
+            if key not in _KEYS:
+                near = difflib.get_close_matches(key, _KEYS, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise CaptionerError(f"{path}: unknown key {key!r}; {hint}known: {', '.join(_KEYS)}.")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise CaptionerError(
+                f"{path}: format_version is {values.get('format_version')!r}, this framecap reads {FORMAT_VERSION}; "
+                "use the framecap that wrote it, or assemble the captioner again."
+            )
+        bridge, stop = values.get("bridge"), values.get("stop", [])
+        if not isinstance(bridge, dict):
+            raise CaptionerError(f"{path}: 'bridge' is {bridge!r}; it must be an object with the bridge's sizes.")
+        if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+            raise CaptionerError(f"{path}: 'stop' is {stop!r}; it must be a list of non-empty strings.")
+        return cls(BridgeConfig.from_dict(bridge), tuple(stop))
+
+    def write(self, path: Path) -> None:
+        """Write config.json."""
+        values = {"format_version": FORMAT_VERSION, "bridge": self.bridge.to_dict(), "stop": list(self.stop)}
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_fit(bridge: BridgeConfig, encoder: RuClipConfig, decoder: RuGptConfig) -> None:
+    """Raise BridgeMismatchError unless the bridge reads what the encoder gives and writes what the decoder reads."""
+    given = encoder.vision_width if bridge.feature == "patches" else encoder.embed_dim
+    if bridge.feature_size != given:
+        raise BridgeMismatchError(
+            f"the {bridge.kind} bridge reads {bridge.feature} features of {bridge.feature_size}, the encoder gives "
+            f"{given}; use the encoder that the bridge was trained with."
+        )
+    if bridge.decoder_size != decoder.n_embd:
+        raise BridgeMismatchError(
+            f"the {bridge.kind} bridge writes vectors of {bridge.decoder_size}, the decoder reads {decoder.n_embd}; "
+            "use the decoder that the bridge was trained with."
+        )

@@ -1,0 +1,187 @@
+"""Assembling captioners and importing ClipCap's: what comes out must say what the reference says."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from framecap import Captioner, DecodeOptions
+from framecap.errors import BridgeMismatchError, MissingFileError, SettingsError, StateDictError
+from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.convert import assemble, clipcap_bridge_config, import_clipcap
+from framecap.model.rugpt import RuGpt
+from framecap.model.weights import read_state_dict
+
+
+def test_the_imported_clipcap_checkpoint_gives_the_reference_captions(shared: Path, tmp_path: Path) -> None:
+    oracle = shared / "oracle" / "clipcap-mlp"
+    out = assemble(
+        encoder=shared / "oracle" / "ruclip-vit-b32-tiny",
+        decoder=oracle / "rugpt3-tiny",
+        bridge=oracle / "clipcap.pt",
+        out=tmp_path / "captioner",
+    )
+    expected = json.loads((oracle / "expected.json").read_text())
+    frames = [shared / "photos" / "ru98" / "images" / case["file"] for case in expected["cases"]]
+    captions = Captioner.from_pretrained(out, device="cpu").caption(frames, DecodeOptions(max_new_tokens=67))
+    assert len(frames) == 98
+    assert [c.text for c in captions] == [case["greedy"] for case in expected["cases"]]
+
+
+def prototype_checkpoint(width: int = 64, resolution: int = 64, patch: int = 32, embed: int = 16) -> dict[str, Tensor]:
+    """An image tower as ai-forever/ru-clip's prototype keeps it: OpenAI's keys, half precision."""
+    side = resolution // patch
+    shapes = {
+        "class_embedding": (width,),
+        "positional_embedding": (side * side + 1, width),
+        "proj": (width, embed),
+        "conv1.weight": (width, 3, patch, patch),
+        "ln_pre.weight": (width,),
+        "ln_pre.bias": (width,),
+        "ln_post.weight": (width,),
+        "ln_post.bias": (width,),
+        "transformer.resblocks.0.attn.in_proj_weight": (3 * width, width),
+        "transformer.resblocks.0.attn.in_proj_bias": (3 * width,),
+        "transformer.resblocks.0.attn.out_proj.weight": (width, width),
+        "transformer.resblocks.0.attn.out_proj.bias": (width,),
+        "transformer.resblocks.0.ln_1.weight": (width,),
+        "transformer.resblocks.0.ln_1.bias": (width,),
+        "transformer.resblocks.0.ln_2.weight": (width,),
+        "transformer.resblocks.0.ln_2.bias": (width,),
+        "transformer.resblocks.0.mlp.c_fc.weight": (4 * width, width),
+        "transformer.resblocks.0.mlp.c_fc.bias": (4 * width,),
+        "transformer.resblocks.0.mlp.c_proj.weight": (width, 4 * width),
+        "transformer.resblocks.0.mlp.c_proj.bias": (width,),
+    }
+    return {f"visual_encoder.model.{k}": (torch.randn(s) * 0.05).half() for k, s in shapes.items()}
+
+
+def clipcap_state(decoder: RuGpt, embed: int, prefix_length: int = 10) -> dict[str, Tensor]:
+    """What ClipCap's training script saves: gpt.*, clip_project.* and the buffers of old transformers."""
+    size = decoder.config.n_embd
+    bridge = build_bridge(BridgeConfig("mlp", embed, size, prefix_length=prefix_length))
+    state = {f"gpt.{name}": tensor.clone() for name, tensor in decoder.published_state().items()}
+    state["gpt.lm_head.weight"] = state["gpt.transformer.wte.weight"]
+    for layer in range(decoder.config.n_layer):
+        state[f"gpt.transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+        state[f"gpt.transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return {**state, **{f"clip_project.{k}": v.clone() for k, v in bridge.state_dict().items()}}
+
+
+def test_the_public_russian_layout_imports_openai_tower_and_all(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    decoder = RuGpt.from_pretrained(data / "rugpt3-tiny")
+    torch.save(prototype_checkpoint(embed=16), tmp_path / "ViT-B32-small.pt")
+    torch.save(clipcap_state(decoder, embed=16), tmp_path / "coco_prefix_latest.pt")
+    out = assemble(
+        tmp_path / "ViT-B32-small.pt",
+        data / "rugpt3-tiny",
+        tmp_path / "coco_prefix_latest.pt",
+        tmp_path / "captioner",
+    )
+    caption = Captioner.from_pretrained(out).caption([data / "ruclip-vit-b32-tiny" / "images" / "00_RGB_640x360.jpg"])[
+        0
+    ]
+    assert caption.status in ("ok", "truncated")
+    assert caption.similarity is None  # the prototype has no text tower here
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "transformer"])
+def test_the_kind_and_sizes_of_a_mapper_are_read_from_its_tensors(kind: str) -> None:
+    config = BridgeConfig(kind, 24, 32, prefix_length=6, clip_length=5, num_layers=3)
+    state = {
+        k.removeprefix("linear.") if kind == "linear" else k: v for k, v in build_bridge(config).state_dict().items()
+    }
+    found = clipcap_bridge_config(state, 32, "test")
+    sizes = ("kind", "feature_size", "decoder_size", "prefix_length")
+    assert [getattr(found, s) for s in sizes] == [getattr(config, s) for s in sizes]
+    if kind == "transformer":
+        assert (found.clip_length, found.num_layers) == (5, 3)
+
+
+def test_a_foreign_key_in_a_clipcap_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
+    state = {"clip_project.model.0.weight": torch.zeros(4, 4), "optimizer.step": torch.zeros(1)}
+    with pytest.raises(StateDictError, match=r"optimizer\.step"):
+        import_clipcap(state, data / "rugpt3-tiny", tmp_path, "checkpoint.pt")
+
+
+def test_assembling_over_something_that_exists_is_refused(tiny_captioner_dir: Path, data: Path) -> None:
+    with pytest.raises(SettingsError, match="not empty"):
+        assemble(
+            data / "ruclip-vit-b32-tiny",
+            data / "rugpt3-tiny",
+            tiny_captioner_dir / "bridge.safetensors",
+            tiny_captioner_dir,
+        )
+
+
+def test_a_failed_assembly_leaves_nothing_behind(tiny_captioner_dir: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(BridgeMismatchError, match="48"):
+        assemble(
+            data / "ruclip-vit-l14-tiny",
+            data / "rugpt3-tiny",
+            tiny_captioner_dir / "bridge.safetensors",
+            tmp_path / "x",
+        )
+    with pytest.raises(MissingFileError, match=r"nowhere\.pt"):
+        assemble(data / "ruclip-vit-b32-tiny", data / "rugpt3-tiny", tmp_path / "nowhere.pt", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL_SIZE = """
+import json, sys, resource, torch
+from pathlib import Path
+from framecap import Captioner
+from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.captioner_config import CaptionerConfig
+from framecap.model.convert import assemble
+from framecap.model.ruclip import RuClip, RuClipConfig
+from framecap.model.rugpt import RuGpt
+from framecap.model.rugpt_config import RuGptConfig
+from framecap.model.weights import write_state_dict
+from framecap.model.yttm import YttmTokenizer
+from framecap.model.bpe import GptTokenizer
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
+from dataclasses import replace
+encoder = RuClip.from_config(
+    RuClipConfig(512, 384, 12, 768, 32, 77, 49408, 512, 8, 12),
+    YttmTokenizer.from_file(data / "ruclip-vit-b32-tiny" / "bpe.model"),
+)
+encoder.save_pretrained(out / "encoder")
+del encoder
+tiny = RuGpt.from_pretrained(data / "rugpt3-tiny")
+config = replace(tiny.config, n_layer=12, n_head=12, n_embd=768, n_positions=2048, vocab_size=50264)
+RuGpt.from_config(config, tiny.tokenizer).save_pretrained(out / "decoder")
+bridge = BridgeConfig("mlp", 512, 768)
+write_state_dict(out / "bridge.safetensors", {f"bridge.{k}": v for k, v in build_bridge(bridge).state_dict().items()})
+assemble(out / "encoder", out / "decoder", out / "bridge.safetensors", out / "captioner", CaptionerConfig(bridge))
+caption = Captioner.from_pretrained(out / "captioner", device="cpu").caption(
+    [data / "ruclip-vit-b32-tiny" / "images" / "08_RGB_1280x720.jpg"]
+)[0]
+print(json.dumps({"status": caption.status, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+"""
+
+
+def test_a_full_size_captioner_assembles_loads_and_captions_within_8_gib(data: Path, tmp_path: Path) -> None:
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    command = [sys.executable, "-c", FULL_SIZE, str(data), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["status"] in ("ok", "truncated")
+    assert result["gib"] < 8
+
+
+def test_a_decoder_that_only_lends_its_weights_keeps_them(data: Path, tmp_path: Path) -> None:
+    decoder = RuGpt.from_pretrained(data / "rugpt3-tiny")
+    state = {k: v for k, v in clipcap_state(decoder, embed=48).items() if k.startswith("clip_project.")}
+    import_clipcap(state, data / "rugpt3-tiny", tmp_path, "prefix-only.pt")
+    kept = read_state_dict(tmp_path / "decoder")["transformer.wte.weight"]
+    assert torch.equal(kept, decoder.published_state()["transformer.wte.weight"])
