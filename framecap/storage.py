@@ -141,7 +141,7 @@ def write_bytes_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
     try:
         with atomic_path(fs, path) as target:
             fs.pipe_file(target, data)
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except OSError as error:
         raise StorageError(f"{os.fspath(uri)} cannot be written: {error}") from error
 
 

@@ -1,0 +1,82 @@
+"""The `framecap` command as a person types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from framecap.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _tiny_captioner(tiny_captioner_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAMECAP_CAPTIONER", str(tiny_captioner_dir))
+
+
+@pytest.fixture(scope="module")
+def photo(data: Path) -> str:
+    return str(data / "ruclip-vit-b32-tiny" / "images" / "00_RGB_640x360.jpg")
+
+
+def test_describe_prints_one_caption(photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", photo]) == 0
+    out = capsys.readouterr().out
+    assert out.strip()
+    assert photo not in out
+
+
+def test_describe_as_json_gives_every_figure(photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", photo, photo, "--json", "--num-beams", "2", "--max-new-tokens", "6"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == [photo, photo]
+    assert {"text", "logprob", "min_logprob", "tokens", "similarity", "status", "error"} <= rows[0].keys()
+    assert rows[0]["tokens"] <= 6
+
+
+def test_describe_names_the_bad_image_and_goes_on(
+    photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    assert main(["describe", str(bad), photo]) == 3
+    captured = capsys.readouterr()
+    assert f"{bad}: not_an_image" in captured.err
+    assert photo in captured.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["describe", "x.jpg", "--captioner", "/nowhere"], "/nowhere"),
+        (["describe", "x.jpg", "--num-beams", "0"], "num_beams"),
+        (["describe", "x.jpg", "--device", "tpu"], "tpu"),
+        (["assemble", "--encoder", "/e", "--decoder", "/d", "--bridge", "/b.pt", "--out", "/tmp/framecap-none"], "/e"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_flag_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["describe", "x.jpg", "--num-beam5"])
+    assert caught.value.code == 2
+    assert "--num-beam5" in capsys.readouterr().err
+
+
+def test_assemble_makes_a_captioner_that_describes(
+    tiny_captioner_dir: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "captioner")
+    parts = {"encoder": "encoder", "decoder": "decoder", "bridge": "bridge.safetensors"}
+    flags = [text for flag, name in parts.items() for text in (f"--{flag}", str(tiny_captioner_dir / name))]
+    assert main(["assemble", *flags, "--out", out]) == 0
+    assert main(["describe", photo, "--captioner", out]) == 0
+    assert out in capsys.readouterr().out

@@ -1,0 +1,88 @@
+"""Files by URI: whole or not at all, and checked after every copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from framecap.errors import ChecksumError, MissingFileError, SettingsError, StorageError
+from framecap.storage import (
+    OPTIONS_VARIABLE,
+    atomic_path,
+    is_local,
+    join,
+    local_copy,
+    manifest_files,
+    open_fs,
+    read_bytes,
+    storage_options,
+    write_bytes_atomic,
+)
+
+
+def test_a_write_that_fails_leaves_neither_file_nor_temporary(tmp_path: Path) -> None:
+    fs, path = open_fs(str(tmp_path / "shard.parquet"))
+
+    def write_half() -> None:
+        with atomic_path(fs, path) as target:
+            Path(target).write_bytes(b"half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    for uri in (str(tmp_path / "a" / "b.json"), "memory://framecap-test/b.json"):
+        write_bytes_atomic(uri, b"{}")
+        assert read_bytes(uri) == b"{}"
+
+
+def test_a_missing_file_names_its_uri() -> None:
+    with pytest.raises(MissingFileError, match="memory://nothing/here"):
+        read_bytes("memory://nothing/here")
+
+
+def test_an_unwritable_place_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_bytes_atomic(str(tmp_path / "file" / "below.json"), b"{}")
+
+
+def test_an_unknown_scheme_says_what_is_known() -> None:
+    with pytest.raises(StorageError, match="s3://"):
+        open_fs("carrier-pigeon://coop/1")
+
+
+@pytest.mark.parametrize("text", ["{anon: true}", "[1]"])
+def test_storage_options_that_are_no_json_object_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OPTIONS_VARIABLE, text)
+    with pytest.raises(SettingsError, match=OPTIONS_VARIABLE):
+        storage_options()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../outside"])
+def test_a_manifest_cannot_reach_outside_its_folder(name: str) -> None:
+    manifest = json.dumps({"files": {name: {"sha256": "0", "size": 1}}}).encode()
+    with pytest.raises(ChecksumError, match="outside"):
+        manifest_files(manifest, "manifest.json")
+
+
+def test_a_damaged_remote_copy_is_refused_and_not_kept(
+    tiny_captioner_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, _ = open_fs("memory://damaged")
+    fs.put(str(tiny_captioner_dir), "/damaged/captioner", recursive=True)
+    fs.pipe_file("/damaged/captioner/bridge.safetensors", b"short")
+    monkeypatch.setenv("FRAMECAP_CACHE", str(tmp_path))
+    with pytest.raises(ChecksumError, match=r"bridge\.safetensors"):
+        local_copy("memory://damaged/captioner")
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_uris_join_with_forward_slashes_and_know_whether_they_are_local() -> None:
+    assert join("s3://bucket/out/", "day", "a.parquet") == "s3://bucket/out/day/a.parquet"
+    assert [is_local(u) for u in ("/a", "file:///a", "s3://a/b")] == [True, True, False]
