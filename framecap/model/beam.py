@@ -65,7 +65,7 @@ class BeamSearch:
 
     def _continuations(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The ``keep`` best continuations of each frame: total score, parent beam, token, its logprob."""
-        count, open_beams, vocabulary = logits.shape
+        open_beams, vocabulary = logits.shape[1:]
         normaliser = logits.logsumexp(dim=2, keepdim=True)
         width = min(self.keep, vocabulary)
         if self.options.repetition_penalty == 1.0 and not self.options.no_repeat_ngram_size:
@@ -93,9 +93,7 @@ class BeamSearch:
                 ended[row, number] = True
         return ended
 
-    def _keep_running(
-        self, totals: Tensor, beam: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice
-    ) -> None:
+    def _keep_running(self, totals: Tensor, beam: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice) -> None:
         scores, place = totals.topk(self.beams, dim=1)
         self.scores[rows] = scores
         self.tokens[rows] = _pick(tokens, place)
@@ -105,9 +103,7 @@ class BeamSearch:
         columns = self.columns(rows)[:, None].expand(-1, self.beams, -1)
         self.ancestors[rows] = seen.scatter(2, columns, self.own.expand(seen.shape[0], -1, -1))
 
-    def _keep_finished(
-        self, totals: Tensor, ended: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice
-    ) -> None:
+    def _keep_finished(self, totals: Tensor, ended: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice) -> None:
         # Only the best num_beams continuations may become results; the others are there to go on with.
         ended = ended[:, : self.beams]
         steps = self.steps[rows]

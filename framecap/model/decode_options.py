@@ -28,8 +28,8 @@ class DecodeOptions:
     """Decoding options; names and meanings are those of transformers' GenerationConfig.
 
     ``temperature``, ``top_k`` (0 = off) and ``top_p`` count only with ``do_sample``, ``length_penalty`` only
-    with beams. Added here: ``stop``, texts that end a caption and stay in it (a special token given there ends
-    it and does not); ``seed`` of the samples; ``rerank``, candidates ordered by ruCLIP similarity.
+    with beams. Added here: ``stop``, texts that end a caption and stay in it (a special token given there
+    ends it and does not); ``seed`` of the samples; ``rerank``, candidates ordered by ruCLIP similarity.
     Raises SettingsError for values that cannot be, alone or together.
     """
 
@@ -81,13 +81,13 @@ class DecodeOptions:
     def _check_together(self) -> None:
         if self.do_sample and self.num_beams > 1:
             raise SettingsError(
-                f"do_sample with num_beams = {self.num_beams} is not supported; sample with num_beams = 1 and "
-                "num_return_sequences, or search with do_sample = false."
+                f"do_sample with num_beams = {self.num_beams} is not supported; sample with num_beams = 1 "
+                "and num_return_sequences, or search with do_sample = false."
             )
         if not self.do_sample and self.num_return_sequences > self.num_beams:
             raise SettingsError(
-                f"num_return_sequences = {self.num_return_sequences} is more than num_beams = {self.num_beams}; "
-                "raise num_beams or set do_sample."
+                f"num_return_sequences = {self.num_return_sequences} is more than num_beams = "
+                f"{self.num_beams}; raise num_beams or set do_sample."
             )
 
     @classmethod

@@ -32,7 +32,7 @@ REFILL_SHARE = 0.25
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """Frames that wait: ``prefix`` [N, P, E] and ``memory`` [N, M, E], either may be None; a seed per frame."""
+    """Frames that wait: ``prefix`` [N, P, E] and ``memory`` [N, M, E] (either may be None), a seed each."""
 
     prefix: Tensor | None
     memory: Tensor | None
@@ -220,7 +220,8 @@ def _jobs(decoder: RuGpt, batch: FrameBatch, number: int, samples: int) -> list[
         raise BridgeMismatchError("the bridge gave neither a prefix nor a memory; one of them is needed.")
     if config.cross_attention != (batch.memory is not None):
         raise BridgeMismatchError(
-            f"decoder with cross-attention: {config.cross_attention}; memory given: {batch.memory is not None}."
+            f"decoder with cross-attention: {config.cross_attention}; "
+            f"memory given: {batch.memory is not None}; bridge and decoder must agree."
         )
     if given.shape[-1] != config.n_embd or given.shape[0] != len(batch.seeds):
         raise BridgeMismatchError(

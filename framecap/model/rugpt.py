@@ -225,9 +225,7 @@ class RuGpt(nn.Module):
             x = block(x, None, cache, memory)
         return self.logits(self.ln_f(x[:, -1]))
 
-    def decode_one_token(
-        self, ids: Tensor, positions: Tensor, columns: Tensor, mask: Tensor, cache: KvCache
-    ) -> Tensor:
+    def decode_one_token(self, ids: Tensor, positions: Tensor, columns: Tensor, mask: Tensor, cache: KvCache) -> Tensor:
         """Feed one token per beam of the first n slots; logits [n, K, V] of the next.
 
         ``ids`` int64 [n, K], ``positions`` int64 [n], ``columns`` int64 [n, K] (where the cache takes them),

@@ -15,9 +15,9 @@ from framecap.model.bpe import GptTokenizer
 class Candidate:
     """One decoded caption of a frame.
 
-    ``tokens`` are the generated ids without the stop token that ended them. ``logprob`` and ``min_logprob`` are
-    the mean and the least natural log-probability the decoder (before temperature and penalties) gave to each
-    generated token, the ending one included. ``score`` is what candidates are ordered by: the sum over
+    ``tokens`` are the generated ids without the stop token that ended them. ``logprob`` and ``min_logprob``
+    are the mean and the least natural log-probability the decoder (before temperature and penalties) gave to
+    each generated token, the ending one included. ``score`` is what candidates are ordered by: the sum over
     ``length ** length_penalty``, as transformers' sequence score. ``truncated``: cut at max_new_tokens.
     """
 
