@@ -6,7 +6,9 @@ DEMO ?= demo-output
 .PHONY: demo test lint soak clean
 
 demo: .venv/run.stamp
-	$(BIN)/python -m framecap.demo.run --out $(DEMO)
+	$(BIN)/python -m framecap.demo.frames --out $(DEMO)/frames
+	$(BIN)/python jobs/caption_frames.py --input-uri $(DEMO)/frames --output-uri $(DEMO)/captions
+	$(BIN)/python -m framecap.demo.sample --out $(DEMO)
 
 test: lint
 	$(BIN)/python -m pytest
