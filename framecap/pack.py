@@ -135,18 +135,14 @@ def list_sources(given: Sequence[str]) -> list[Source]:
     """
     files = [file for uri in given for file in _below(uri, prefix=len(given) > 1)]
     if not files:
-        raise SettingsError(
-            f"{', '.join(given) or 'no source'}: no image or video to pack there; check the path"
-        )
+        raise SettingsError(f"{', '.join(given) or 'no source'}: no image or video to pack there; check the path")
     stems = Counter(str(path.with_suffix("")) for _, path, _ in files if _is_video(path))
     sources, seen, positions = [], dict[str, str](), Counter[str]()
     for uri, path, folder in files:
         stem, video = str(path.with_suffix("")), _is_video(path)
         name = stem if video and stems[stem] == 1 else str(path)
         if name in seen:
-            raise SettingsError(
-                f"{seen[name]} and {uri} would share the id {name!r}; pack a folder that holds both"
-            )
+            raise SettingsError(f"{seen[name]} and {uri} would share the id {name!r}; pack a folder that holds both")
         seen[name] = uri
         video_id = name if video else folder
         sources.append(Source(uri, name, video_id, positions[video_id], video))
@@ -181,9 +177,7 @@ def _clear(out: str, overwrite: bool) -> None:
     fs, path = open_fs(out)
     shards = [file for file in (fs.find(path) if fs.exists(path) else []) if file.endswith(".parquet")]
     if shards and not overwrite:
-        raise SettingsError(
-            f"{out} already holds {len(shards)} shards; choose an empty folder, or --overwrite"
-        )
+        raise SettingsError(f"{out} already holds {len(shards)} shards; choose an empty folder, or --overwrite")
     foreign = [file for file in shards if not _SHARD_NAME.fullmatch(PurePosixPath(file).name)]
     if foreign:
         raise SettingsError(
@@ -206,9 +200,7 @@ def _read_ahead(sources: Iterable[Source], options: PackOptions) -> Iterator[tup
 
 
 def _opened(source: Source, image: Future[Row] | None, options: PackOptions) -> tuple[Source, Iterable[Row]]:
-    return source, _video_rows(source, options) if image is None else (
-        pending.result() for pending in [image]
-    )
+    return source, _video_rows(source, options) if image is None else (pending.result() for pending in [image])
 
 
 def _image_row(source: Source) -> Row:
@@ -219,13 +211,7 @@ def _image_row(source: Source) -> Row:
             picture.draft("RGB", (8, 8))  # a JPEG is decoded at an eighth: enough to see that it is whole
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        kind = (
-            "empty"
-            if not data
-            else "not_an_image"
-            if isinstance(error, UnidentifiedImageError)
-            else "truncated"
-        )
+        kind = "empty" if not data else "not_an_image" if isinstance(error, UnidentifiedImageError) else "truncated"
         raise FrameError(kind, f"the image cannot be read: {error}") from error
     return _row(source.name, source.video_id, source.position, None, size, data)
 
@@ -322,9 +308,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--select", choices=SELECTIONS, default="every", help="which frames of a video (default: every)"
     )
-    parser.add_argument(
-        "--every", type=float, default=1.0, metavar="SECONDS", help="for --select every (default: 1)"
-    )
+    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="for --select every (default: 1)")
     parser.add_argument(
         "--scene-threshold",
         type=float,
@@ -334,9 +318,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality of video frames (default: 90)")
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard in MB (default: 256)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the shards an earlier pack left in OUT"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards an earlier pack left in OUT")
 
 
 def run(args: argparse.Namespace) -> int:

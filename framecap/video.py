@@ -38,9 +38,7 @@ class Selection:
         if not self.every_seconds > 0:
             raise SettingsError(f"every={self.every_seconds} seconds is impossible; give a number above 0")
         if not 0 < self.scene_threshold < 1:
-            raise SettingsError(
-                f"scene threshold {self.scene_threshold} is outside (0, 1); 0.3 suits most films"
-            )
+            raise SettingsError(f"scene threshold {self.scene_threshold} is outside (0, 1); 0.3 suits most films")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,268 @@
+"""``framecap verify``: proof that every frame of IN is in OUT once, in order, under one fingerprint.
+
+Both sides are streamed, ids only, shard beside shard; memory depends on the batch, not on the data. Knows the
+contract of `framecap.schema` and nothing of how captions are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from framecap import schema
+from framecap.errors import ShardError
+from framecap.pipeline.listing import list_input, list_shards, open_shard
+from framecap.storage import open_fs
+from framecap.verify_rows import IdStream, compare_rows
+
+FAULTS = {
+    "missing_shard": "a frame shard without its caption shard",
+    "extra_shard": "a caption shard without its frame shard",
+    "unreadable": "a shard that is not Parquet, is cut short, or lacks its columns",
+    "missing_row": "a frame that has no caption row",
+    "extra_row": "a caption row of no frame",
+    "doubled_row": "a frame captioned twice",
+    "swapped_rows": "rows out of order",
+    "wrong_row": "a row that carries another frame's id",
+    "schema": "a column that is missing, out of place or of another type",
+    "status": "a caption_status that is not one of the published ones, or miscounted errors",
+    "fingerprint": "a shard captioned by another captioner or with other options",
+    "stale": "a shard whose frames changed after they were captioned",
+    "unfinished": "a fragment, lock or temporary file that a run left behind",
+}
+_BATCH = 16_384
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: its kind (a key of ``FAULTS``), the shard or file, and what was found."""
+
+    kind: str
+    where: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was compared and what is wrong; ``fingerprint`` is the one most shards carry."""
+
+    shards: int
+    frames: int
+    error_rows: int
+    fingerprint: str | None
+    faults: tuple[Fault, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """One pair of shards, compared."""
+
+    where: str
+    frames: int = 0
+    error_rows: int = 0
+    fingerprint: str | None = None
+    faults: tuple[Fault, ...] = ()
+
+
+def verify(
+    frames: str,
+    captions: str,
+    columns: schema.InputColumns | None = None,
+    fingerprint: str | None = None,
+    progress: bool | None = None,
+) -> VerifyResult:
+    """Compare the frame shards at ``frames`` with the caption shards at ``captions``.
+
+    ``fingerprint`` is the one every shard must carry; by default the one that most shards carry.
+
+    Raises:
+        SettingsError: nothing is at ``frames``.
+        StorageError: a URI has a scheme without a backend.
+    """
+    columns = columns or schema.InputColumns()
+    listing = list_input(frames)
+    sources, outputs = listing.marks, list_shards(captions)
+    faults = [Fault("missing_shard", name, "has no caption shard") for name in sources if name not in outputs]
+    faults += [Fault("extra_shard", name, "has no frame shard") for name in outputs if name not in sources]
+    faults += list(unfinished(captions))
+    pairs = [name for name in sources if name in outputs]
+    quiet = not (sys.stderr.isatty() if progress is None else progress)
+
+    def check(name: str) -> _Checked:
+        return _check_pair(name, sources[name], (listing.root, captions), columns)
+
+    with ThreadPoolExecutor(_THREADS, "verify") as threads:
+        checked = list(tqdm(threads.map(check, pairs), total=len(pairs), unit="shard", disable=quiet, desc="verify"))
+    expected = fingerprint or _most_common(checked)
+    for pair in checked:
+        faults += pair.faults
+        if pair.fingerprint is not None and pair.fingerprint != expected:
+            faults.append(Fault("fingerprint", pair.where, f"carries {pair.fingerprint}, not {expected}"))
+    order = list(FAULTS)
+    return VerifyResult(
+        len(pairs),
+        sum(pair.frames for pair in checked),
+        sum(pair.error_rows for pair in checked),
+        expected,
+        tuple(sorted(faults, key=lambda fault: (fault.where, order.index(fault.kind)))),
+    )
+
+
+def _most_common(checked: Sequence[_Checked]) -> str | None:
+    known = Counter(pair.fingerprint for pair in checked if pair.fingerprint is not None)
+    return known.most_common(1)[0][0] if known else None
+
+
+def unfinished(uri: str) -> Iterator[Fault]:
+    """What a run left behind below ``uri``: fragments, a lock, temporary files."""
+    fs, root = open_fs(uri)
+    for file in sorted(fs.find(root)) if fs.exists(root) else []:
+        name = file[len(root.rstrip("/")) + 1 :]
+        base = name.rsplit("/", 1)[-1]
+        if name.startswith(f"{schema.STATE_FOLDER}/"):
+            if base.endswith(schema.SHARD_SUFFIX) or "/fragments/" in name:
+                yield Fault("unfinished", name, "fragment of a run that did not end")
+            elif base.startswith("lock"):
+                yield Fault("unfinished", name, "a run holds this output, or died holding it")
+        if base.startswith(".") and base.endswith(".tmp"):
+            yield Fault("unfinished", name, "temporary file of a write that did not end")
+
+
+def _check_pair(name: str, signature: str, roots: tuple[str, str], columns: schema.InputColumns) -> _Checked:
+    try:
+        with open_shard(roots[0], name) as frames:
+            columns.check(frames.schema_arrow, pa.schema([]))
+            with open_shard(roots[1], name) as captions:
+                return _compare(name, signature, frames, captions, columns)
+    except (ShardError, pa.ArrowException, OSError, EOFError) as error:
+        return _Checked(name, faults=(Fault("unreadable", name, " ".join(str(error).split())),))
+
+
+def _compare(
+    name: str,
+    present: str,
+    frames: pq.ParquetFile,
+    captions: pq.ParquetFile,
+    columns: schema.InputColumns,
+) -> _Checked:
+    metadata = captions.metadata.metadata or {}
+    faults = [Fault("schema", name, text) for text in schema_faults(frames, captions, columns)]
+    signature = metadata.get(schema.META_SIGNATURE, b"").decode()
+    if signature != present:
+        faults.append(Fault("stale", name, f"captioned when its frames were {signature!r}, now {present!r}"))
+    counts: Counter[str] = Counter()
+    if columns.frame_id in captions.schema_arrow.names:
+        ids = IdStream(_ids(captions, columns.frame_id, counts))
+        rows = compare_rows(IdStream(_ids(frames, columns.frame_id)), ids)
+        faults += [Fault(row.kind, name, row.detail) for row in rows]
+        faults += [Fault("status", name, text) for text in _status_faults(counts, metadata)]
+    fingerprint = metadata.get(schema.META_FINGERPRINT)
+    if fingerprint is None:
+        faults.append(Fault("fingerprint", name, "carries no fingerprint: it was not written by framecap"))
+    return _Checked(
+        name,
+        frames.metadata.num_rows,
+        counts[schema.STATUS_ERROR],
+        None if fingerprint is None else fingerprint.decode(),
+        tuple(faults),
+    )
+
+
+def schema_faults(frames: pq.ParquetFile, captions: pq.ParquetFile, columns: schema.InputColumns) -> Iterator[str]:
+    """Where the caption shard's columns differ from the contract: kept input columns, then the captions'."""
+    source, found = frames.schema_arrow, captions.schema_arrow
+    published = list(schema.CAPTION_FIELDS)
+    optional = {schema.CANDIDATES_FIELD.name: schema.CANDIDATES_FIELD.type, schema.EMBEDDING_COLUMN: None}
+    version = (captions.metadata.metadata or {}).get(schema.META_VERSION, b"none").decode()
+    if version != str(schema.SCHEMA_VERSION):
+        yield f"schema version {version}, not {schema.SCHEMA_VERSION}"
+    added = {field.name: field.type for field in published} | optional
+    kept = [name for name in found.names if name not in added]
+    for field in published:
+        if field.name not in found.names:
+            yield f"column {field.name!r} is missing"
+    for name, kind in added.items():
+        if name in found.names and kind is not None and found.field(name).type != kind:
+            yield f"column {name!r} is {found.field(name).type}, not {kind}"
+    if columns.frame_id not in kept:
+        yield f"column {columns.frame_id!r} is missing"
+    for name in kept:
+        if name not in source.names:
+            yield f"column {name!r} is in no frame shard"
+        elif found.field(name).type != source.field(name).type:
+            yield f"column {name!r} is {found.field(name).type}, in the frame shard {source.field(name).type}"
+    order = [name for name in source.names if name in kept] + [name for name in added if name in found.names]
+    if sorted(order) == sorted(found.names) and order != found.names:
+        yield f"columns are in the order {', '.join(found.names)}"
+
+
+def _ids(shard: pq.ParquetFile, frame_id: str, counts: Counter[str] | None = None) -> Iterator[pa.Array]:
+    """The ids, batch by batch, as one type on both sides; ``counts`` gathers the statuses beside them."""
+    status = "caption_status"
+    counted = counts is not None and status in shard.schema_arrow.names
+    names = [frame_id, status] if counted else [frame_id]
+    kind = shard.schema_arrow.field(frame_id).type
+    for batch in shard.iter_batches(_BATCH, columns=names):
+        if counts is not None and counted:
+            for entry in pc.value_counts(batch[status]).to_pylist():
+                counts[str(entry["values"])] += entry["counts"]
+        yield batch[frame_id].cast(pa.large_string() if schema.is_text(kind) else pa.int64())
+
+
+def _status_faults(counts: Counter[str], metadata: dict[bytes, bytes]) -> Iterator[str]:
+    for status, rows in counts.items():
+        if status not in schema.STATUSES:
+            yield f"{rows} rows have status {status!r}; it must be one of {', '.join(schema.STATUSES)}"
+    promised = metadata.get(schema.META_ERRORS, b"").decode()
+    if counts and promised != str(counts[schema.STATUS_ERROR]):
+        found = counts[schema.STATUS_ERROR]
+        yield f"{found} rows have status 'error', the file's metadata says {promised or 'nothing'}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``framecap verify``."""
+    parser.description = "Prove that every frame of IN is in OUT exactly once, in order, by one captioner."
+    parser.add_argument("frames", metavar="IN", help="frame shards: file, folder or glob")
+    parser.add_argument("captions", metavar="OUT", help="caption shards of the job")
+    parser.add_argument("--frame-id-column", default="frame_id", help="name of the id column (default: frame_id)")
+    parser.add_argument("--image-column", default="image", help="name of the image column (default: image)")
+    parser.add_argument("--image-uri-column", default="image_uri", help="name of the URI column (default: image_uri)")
+    parser.add_argument("--fingerprint", help="the fingerprint all shards must carry (default: the most common one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``framecap verify``; 0 if nothing is wrong, else 1 and a table."""
+    columns = schema.InputColumns(args.frame_id_column, args.image_column, args.image_uri_column)
+    result = verify(args.frames, args.captions, columns, args.fingerprint)
+    print(
+        f"{result.shards} shards, {result.frames} frames, {result.error_rows} with status error, "
+        f"fingerprint {result.fingerprint or 'none'}"
+    )
+    if result.ok:
+        print("every frame is there once and in order")
+        return 0
+    print(table(result.faults))
+    return 1
+
+
+def table(faults: Iterable[Fault]) -> str:
+    """The faults as aligned lines, and what each kind means below."""
+    rows = [("fault", "where", "what was found"), *((f.kind, f.where, f.detail) for f in faults)]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
+    counts = Counter(row[0] for row in rows[1:])
+    return "\n".join([*lines, "", *(f"{counts[kind]} × {kind}: {FAULTS[kind]}" for kind in FAULTS if counts[kind])])
