@@ -68,9 +68,7 @@ def test_every_size_is_cropped_and_resized_as_pillow_does(size: tuple[int, int],
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_jpeg_decodes_to_pillows_pixels(
-    size: tuple[int, int], subsampling: str, progressive: bool, mode: str
-) -> None:
+def test_jpeg_decodes_to_pillows_pixels(size: tuple[int, int], subsampling: str, progressive: bool, mode: str) -> None:
     data = encoded(picture(*size, mode), "JPEG", quality=85, subsampling=subsampling, progressive=progressive)
     assert (crop_and_resize(data, 70) == reference(Image.open(io.BytesIO(data)), 70)).all()
 
@@ -83,24 +81,16 @@ def test_jpeg_decodes_to_pillows_pixels_on_photographs(shared: Path) -> None:
             assert (crop_and_resize(path, 224) == reference(image, 224)).all(), path
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"])
 def test_every_mode_becomes_rgb_as_pillow_makes_it(mode: str) -> None:
     image = picture(50, 41, "I").convert("I;16") if mode == "I;16" else picture(50, 41).convert("RGB")
     image = (
-        image
-        if mode == "I;16"
-        else image.convert("L").convert(mode)
-        if mode in ("PA", "LA")
-        else image.convert(mode)
+        image if mode == "I;16" else image.convert("L").convert(mode) if mode in ("PA", "LA") else image.convert(mode)
     )
     assert (crop_and_resize(image, 32) == reference(image, 32)).all()
 
 
-@pytest.mark.parametrize(
-    "name", ["05_RGBA_150x90.png", "06_P_129x64.png", "09_CMYK_64x91.jpg", "04_L_200x200.png"]
-)
+@pytest.mark.parametrize("name", ["05_RGBA_150x90.png", "06_P_129x64.png", "09_CMYK_64x91.jpg", "04_L_200x200.png"])
 def test_files_of_other_modes_give_pillows_pixels(name: str) -> None:
     with Image.open(DATA / name) as image:
         assert (crop_and_resize(DATA / name, 96) == reference(image, 96)).all()
@@ -200,9 +190,7 @@ def test_bytes_of_something_else_are_not_an_image(data: bytes) -> None:
     assert kind_of(data) == "not_an_image"
 
 
-@pytest.mark.parametrize(
-    "frame", [b"", bytearray(), np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0, 3), np.uint8)]
-)
+@pytest.mark.parametrize("frame", [b"", bytearray(), np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0, 3), np.uint8)])
 def test_a_frame_of_nothing_is_empty(frame: object) -> None:
     assert kind_of(frame) == "empty"
 
@@ -241,12 +229,7 @@ def png_bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def jpeg_bomb(width: int, height: int) -> bytes:
@@ -257,9 +240,7 @@ def jpeg_bomb(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize(
-    "bomb", [png_bomb(60_000, 60_000), png_bomb(13_378, 13_378), jpeg_bomb(60_000, 60_000)]
-)
+@pytest.mark.parametrize("bomb", [png_bomb(60_000, 60_000), png_bomb(13_378, 13_378), jpeg_bomb(60_000, 60_000)])
 def test_a_bomb_is_refused_from_its_header(bomb: bytes) -> None:
     assert kind_of(bomb) == "too_large"
 

@@ -80,11 +80,7 @@ def plain_tower(
 
 
 def plain_image(pixels: Tensor, state: dict[str, Tensor], config: RuClipConfig) -> Tensor:
-    x = (
-        F.conv2d(pixels, state["visual.conv1.weight"], stride=config.vision_patch_size)
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    x = F.conv2d(pixels, state["visual.conv1.weight"], stride=config.vision_patch_size).flatten(2).transpose(1, 2)
     x = torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], dim=1)
     x = x + state["visual.positional_embedding"]
     x = F.layer_norm(x, x.shape[-1:], state["visual.ln_pre.weight"], state["visual.ln_pre.bias"])
@@ -209,9 +205,7 @@ def test_image_features_hold_the_embedding_and_the_normed_patches(model: RuClip)
 
 def test_an_image_embeds_alike_alone_and_in_a_batch(model: RuClip) -> None:
     pixels = torch.randn(7, 3, 96, 96)
-    torch.testing.assert_close(
-        model.encode_image(pixels)[3:4], model.encode_image(pixels[3:4]), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(model.encode_image(pixels)[3:4], model.encode_image(pixels[3:4]), atol=1e-5, rtol=0)
 
 
 def test_long_texts_are_cut_to_the_context(model: RuClip) -> None:
@@ -226,9 +220,7 @@ def test_the_published_layout_survives_saving(checkpoint: Path, tmp_path: Path) 
     before, after = read_state_dict(checkpoint), read_state_dict(tmp_path)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
-        (checkpoint / "config.json").read_text()
-    )
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((checkpoint / "config.json").read_text())
     again = RuClip.from_pretrained(tmp_path)
     assert again.tokenize(["Кот"]).tolist() == RuClip.from_pretrained(checkpoint).tokenize(["Кот"]).tolist()
 
@@ -253,9 +245,7 @@ def test_half_precision_stays_close_to_single(model: RuClip) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["visual_encoder.model.", "visual.", ""])
-def test_the_prototypes_image_tower_is_found_in_openai_layouts(
-    tmp_path: Path, prefix: str, model: RuClip
-) -> None:
+def test_the_prototypes_image_tower_is_found_in_openai_layouts(tmp_path: Path, prefix: str, model: RuClip) -> None:
     published = {k: v for k, v in read_state_dict(B32).items() if k.startswith("visual.")}
     state = {prefix + name.removeprefix("visual."): tensor.half() for name, tensor in published.items()}
     if prefix:
@@ -266,15 +256,11 @@ def test_the_prototypes_image_tower_is_found_in_openai_layouts(
     want = replace(model.config, vocab_size=0, transformer_width=0, transformer_heads=0, transformer_layers=0)
     assert prototype.config == want
     pixels = torch.randn(2, 3, 96, 96)
-    torch.testing.assert_close(
-        prototype.encode_image(pixels), model.encode_image(pixels), atol=5e-2, rtol=1e-2
-    )
+    torch.testing.assert_close(prototype.encode_image(pixels), model.encode_image(pixels), atol=5e-2, rtol=1e-2)
 
 
 def test_an_encoder_without_a_text_tower_says_so(tmp_path: Path, model: RuClip) -> None:
-    torch.save(
-        {k: v for k, v in read_state_dict(B32).items() if k.startswith("visual.")}, tmp_path / "vit.pt"
-    )
+    torch.save({k: v for k, v in read_state_dict(B32).items() if k.startswith("visual.")}, tmp_path / "vit.pt")
     RuClip.from_prototype(tmp_path / "vit.pt").save_pretrained(tmp_path / "encoder")
     image_only = RuClip.from_pretrained(tmp_path / "encoder")
     assert not image_only.has_text
@@ -309,9 +295,7 @@ def test_an_unexpected_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_mis_shaped_key_is_named_with_both_shapes(tmp_path: Path) -> None:
-    broken = with_changed_state(
-        tmp_path / "c", lambda state: state.update({"visual.proj": torch.zeros(48, 128)})
-    )
+    broken = with_changed_state(tmp_path / "c", lambda state: state.update({"visual.proj": torch.zeros(48, 128)}))
     with pytest.raises(StateDictError, match=r"visual\.proj \[48, 128\] \(should be \[128, 48\]\)"):
         RuClip.from_pretrained(broken)
 

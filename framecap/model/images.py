@@ -23,6 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from framecap.errors import FrameError
+from framecap.model.resample import Pixels, resize_square
 
 try:
     import simplejpeg
@@ -32,7 +33,6 @@ except ImportError:  # Pillow decodes everything then: the same pixels, later
 IMAGE_TRANSFORM_VERSION = 1
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: twice Image.MAX_IMAGE_PIXELS
 
-Pixels = npt.NDArray[np.uint8]
 Frame = bytes | bytearray | memoryview | str | Path | Image.Image | Pixels
 Decode = Literal["exact", "fast"]
 
@@ -92,13 +92,13 @@ def crop_and_resize(
     if isinstance(frame, np.ndarray):
         return _resize(_check_array(frame, max_pixels), resolution)
     if isinstance(frame, Image.Image):
-        return _resize_picture(_decode(frame, max_pixels), resolution)
+        return _resize(np.asarray(_decode(frame, max_pixels)), resolution)
     data = _read(frame)
     if data.startswith(_JPEG_START) and simplejpeg is not None:
         pixels = _decode_jpeg(data, resolution if decode == "fast" else None, max_pixels)
         if pixels is not None:
             return _resize(pixels, resolution)
-    return _resize_picture(_open_bytes(data, max_pixels), resolution)
+    return _resize(np.asarray(_open_bytes(data, max_pixels)), resolution)
 
 
 def normalise(
@@ -114,9 +114,7 @@ def normalise(
     return scaled.sub_(shift).div_(scale).to(dtype)
 
 
-def preprocess(
-    frames: Sequence[Frame], resolution: int, mean: Sequence[float], std: Sequence[float]
-) -> torch.Tensor:
+def preprocess(frames: Sequence[Frame], resolution: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Frames → float32 [N, 3, R, R] on the CPU, ``RuCLIPProcessor``'s ``pixel_values``. Raises FrameError."""
     pixels = np.empty((len(frames), resolution, resolution, 3), np.uint8)
     for row, frame in zip(pixels, frames, strict=True):
@@ -180,9 +178,7 @@ def _decode_jpeg(data: bytes, fast_resolution: int | None, max_pixels: int) -> P
         if shrink == 1:
             return simplejpeg.decode_jpeg(data, strict=True)
         least = (-(-height // shrink), -(-width // shrink))
-        return simplejpeg.decode_jpeg(
-            data, min_height=least[0], min_width=least[1], min_factor=shrink, strict=True
-        )
+        return simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1], min_factor=shrink, strict=True)
     except ValueError:
         return None
 
@@ -223,9 +219,7 @@ def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
 
 def _damaged(error: Exception) -> FrameError:
     cut = isinstance(error, EOFError) or any(mark in str(error).lower() for mark in _CUT_MARKS)
-    return FrameError(
-        "truncated" if cut else "not_an_image", f"the picture is damaged ({error}); fetch it again."
-    )
+    return FrameError("truncated" if cut else "not_an_image", f"the picture is damaged ({error}); fetch it again.")
 
 
 @contextlib.contextmanager
@@ -246,16 +240,8 @@ def _centre_square(width: int, height: int) -> tuple[int, int, int]:
 
 
 def _resize(pixels: Pixels, resolution: int) -> Pixels:
-    """uint8 [H, W, 3] → [R, R, 3]."""
+    """uint8 [H, W, 3] → [R, R, 3]. Cropped first: Pillow's resize(box=…) would let pixels from outside the
+    square into its edges."""
     height, width = pixels.shape[:2]
     left, top, side = _centre_square(width, height)
-    square = Image.fromarray(pixels[top : top + side, left : left + side])
-    return np.asarray(square.resize((resolution, resolution), Image.Resampling.BILINEAR))
-
-
-def _resize_picture(image: Image.Image, resolution: int) -> Pixels:
-    # Cropped first: resize(box=…) would let pixels outside the square into its edges.
-    left, top, side = _centre_square(image.width, image.height)
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image.resize((resolution, resolution), Image.Resampling.BILINEAR))
+    return resize_square(pixels, left, top, side, resolution)

@@ -240,9 +240,7 @@ def _restore_position_ids(tower: nn.Module) -> None:
     for module in tower.modules():
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor) and ids.is_meta:
-            module.register_buffer(
-                "position_ids", torch.arange(ids.shape[-1]).expand((1, -1)), persistent=False
-            )
+            module.register_buffer("position_ids", torch.arange(ids.shape[-1]).expand((1, -1)), persistent=False)
 
 
 def _no_text_tower() -> CaptionerError:

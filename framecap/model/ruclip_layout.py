@@ -112,11 +112,7 @@ class RuClipConfig:
     def to_json(self) -> dict[str, object]:
         """The published ``config.json``: without the text tower's fields where there is no text tower."""
         content = asdict(self)
-        return {
-            name: value
-            for name, value in content.items()
-            if self.transformer_layers or name not in _TEXT_FIELDS
-        }
+        return {name: value for name, value in content.items() if self.transformer_layers or name not in _TEXT_FIELDS}
 
 
 def _published_name(name: str, names: Mapping[str, str]) -> tuple[str, int | None]:
@@ -149,9 +145,7 @@ def to_published(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[
     return published
 
 
-def from_published(
-    state: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, str]
-) -> dict[str, Tensor]:
+def from_published(state: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The published tensors → the state dict that ``module`` (a tower of transformers') takes."""
     ours: dict[str, Tensor] = {}
     for name in module.state_dict():
@@ -178,9 +172,7 @@ def config_from_shapes(state: Mapping[str, Tensor], source: str | Path) -> RuCli
     needed = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj")
     lacking = [name for name in needed if name not in state]
     if lacking or any(state[name].dim() != dims for name, dims in zip(needed, (4, 2, 2), strict=True)):
-        raise WeightsError(
-            f"{source}: the shapes cannot be read from {', '.join(needed)}; lacking: {lacking}."
-        )
+        raise WeightsError(f"{source}: the shapes cannot be read from {', '.join(needed)}; lacking: {lacking}.")
     width, _, _, patch = state["visual.conv1.weight"].shape
     grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
     blocks = {name.split(".")[3] for name in state if name.startswith("visual.transformer.resblocks.")}

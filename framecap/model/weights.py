@@ -81,9 +81,7 @@ def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> Non
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 
-def check_layout(
-    expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str | Path
-) -> None:
+def check_layout(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str | Path) -> None:
     """Raise StateDictError naming every key of ``state`` that ``expected`` lacks, has alone or has shaped
     differently. ``source`` is what the message calls the checkpoint."""
     missing = [name for name in expected if name not in state]

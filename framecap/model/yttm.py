@@ -43,13 +43,9 @@ class YttmTokenizer:
     (left id, right id, merged id) in order of priority.
     """
 
-    def __init__(
-        self, char2id: Mapping[str, int], rules: Sequence[Rule], specials: SpecialIds | None = None
-    ) -> None:
+    def __init__(self, char2id: Mapping[str, int], rules: Sequence[Rule], specials: SpecialIds | None = None) -> None:
         if WORD_START not in char2id:
-            raise WeightsError(
-                f"a bpe.model must give an id to {WORD_START!r} (code 9601), the start of a word."
-            )
+            raise WeightsError(f"a bpe.model must give an id to {WORD_START!r} (code 9601), the start of a word.")
         self.char2id = dict(char2id)
         self.rules = list(rules)
         self.specials = specials or SpecialIds()
@@ -71,9 +67,7 @@ class YttmTokenizer:
             raise WeightsError(f"{path} is not a YouTokenToMe model ({error}); fetch it again.") from error
         chars, rules = [*numbers, 0, 0][:2]
         if len(numbers) != 2 + 2 * chars + 3 * rules + 4 or chars < 1:
-            raise WeightsError(
-                f"{path} announces {chars} characters and {rules} rules but is cut; fetch it again."
-            )
+            raise WeightsError(f"{path} announces {chars} characters and {rules} rules but is cut; fetch it again.")
         rules_at = 2 + 2 * chars
         specials_at = rules_at + 3 * rules
         try:
