@@ -1,0 +1,209 @@
+"""The streaming part: units → readers → caption actors → records, by Ray Data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import ray
+import ray.data
+from tqdm import tqdm
+
+from framecap.errors import SettingsError
+from framecap.pipeline.job import Job, Resources
+from framecap.pipeline.plan import Chunk
+from framecap.pipeline.read import ReadOptions, read_units
+from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.stages import ActorOptions, CaptionActor, ChunkRecord
+from framecap.pipeline.stops import StopRun, Stops
+from framecap.storage import OPTIONS_VARIABLE
+
+log = logging.getLogger(__name__)
+_MOST_BLOCKS = 10_000
+_LOG_EVERY_S = 30.0
+
+
+def start_ray(settings: CaptionSettings) -> Resources:
+    """Join or start a cluster, and size the actor pool by what it has."""
+    if not ray.is_initialized():
+        ray.init(
+            address=settings.ray_address,
+            runtime_env={"env_vars": {OPTIONS_VARIABLE: os.environ.get(OPTIONS_VARIABLE, "")}},
+            log_to_driver=False,
+            include_dashboard=False if settings.ray_address is None and "RAY_ADDRESS" not in os.environ else None,
+            configure_logging=False,
+        )
+    available = ray.cluster_resources()
+    cpus, gpus = available.get("CPU", 1.0), available.get("GPU", 0.0)
+    num_gpus = settings.num_gpus if settings.num_gpus is not None else (1.0 if gpus else 0.0)
+    if settings.device.startswith("cuda") and not num_gpus:
+        raise SettingsError(f"--device {settings.device} needs --num-gpus, and a cluster with GPUs")
+    if num_gpus:
+        if not gpus:
+            log.warning("no node with a GPU yet; waiting for the autoscaler (--no-progress-timeout ends it)")
+        fit = max(1, int(gpus / num_gpus)) if gpus else 1
+        num_cpus, reader_cpus = settings.num_cpus or 1.0, 1.0
+    else:
+        log.warning("captioning on %d CPU cores: the cluster has no GPU, or none was asked for", int(cpus))
+        num_cpus, reader_cpus = settings.num_cpus or 0.75, 0.25
+        fit = max(1, int(cpus * 0.75 / num_cpus))
+    most = settings.max_actors or fit
+    return Resources(
+        num_gpus=num_gpus,
+        num_cpus=num_cpus,
+        reader_cpus=reader_cpus,
+        actors=most,
+        min_actors=min(settings.min_actors, most),
+        batch_size=settings.batch_size or (512 if num_gpus else 64),
+    )
+
+
+def caption_units(
+    job: Job, units: list[tuple[Chunk, ...]], resources: Resources, stops: Stops
+) -> Iterator[ChunkRecord]:
+    """Records of chunks as they are finished, in any order. Raises ``StopRun`` when it is time to stop."""
+    dataset = _dataset(job, units, resources)
+    consumer = _Consumer(dataset)
+    try:
+        while True:
+            stops.check()
+            try:
+                item = consumer.items.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        consumer.stop()
+
+
+def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> Any:
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    # A row is a chunk with all its pixels: every row is a block of its own, none is ever cut.
+    context.target_max_block_size = 1
+    context.execution_no_progress_timeout_s = job.settings.no_progress_timeout
+    with ray.data.DataContext.current(context):
+        items = [{"unit": pickle.dumps(unit)} for unit in units]
+        storage = json.dumps(job.storage) if job.storage else ""
+        return (
+            ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS))
+            .map_batches(
+                _Reader(job.read_options(), storage),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=resources.reader_cpus,
+            )
+            .map_batches(
+                _Actor,
+                fn_constructor_args=(job.actor_options(), storage),
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=resources.min_actors, max_size=resources.actors, max_tasks_in_flight_per_actor=2
+                ),
+                num_cpus=resources.num_cpus,
+                num_gpus=resources.num_gpus or None,
+            )
+        )
+
+
+class _Reader:
+    """``read_units`` with its options, as Ray Data ships it to a worker."""
+
+    def __init__(self, options: ReadOptions, storage: str) -> None:
+        self._options, self._storage = options, storage
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        _use_storage(self._storage)
+        yield from read_units(block, self._options)
+
+
+class _Actor(CaptionActor):
+    """``CaptionActor`` with the storage options of the driver."""
+
+    def __init__(self, options: ActorOptions, storage: str) -> None:
+        _use_storage(storage)
+        super().__init__(options)
+
+
+def _use_storage(storage: str) -> None:
+    """On a cluster that was joined, the workers' environment is not ours to set beforehand."""
+    if storage:
+        os.environ[OPTIONS_VARIABLE] = storage
+
+
+class _Consumer:
+    """Iterates the dataset in a thread, so that signals and the time budget are heard at once."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.items: queue.Queue[ChunkRecord | BaseException | None] = queue.Queue(maxsize=256)
+        self._stopping = threading.Event()
+        self._dataset = dataset
+        self._thread = threading.Thread(target=self._consume, name="framecap-records", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _consume(self) -> None:
+        try:
+            for batch in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for record in batch.column("record"):
+                    self._put(pickle.loads(record.as_py()))
+                if self._stopping.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: ChunkRecord | BaseException | None) -> None:
+        while not self._stopping.is_set():
+            with contextlib.suppress(queue.Full):
+                self.items.put(item, timeout=0.5)
+                return
+
+
+class Progress:
+    """One bar for the whole job on a terminal, else a log line every 30 s."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._begun = self._logged = time.monotonic()
+        self._bar = tqdm(total=total, unit="frame", smoothing=0.05, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def add(self, record: ChunkRecord) -> None:
+        rows = sum(record.statuses.values())
+        self._done += rows
+        self._bar.update(rows)
+        now = time.monotonic()
+        if self._bar.disable and now - self._logged > _LOG_EVERY_S:
+            rate = self._done / (now - self._begun)
+            left = (self._total - self._done) / rate if rate else float("inf")
+            log.info("%d of %d frames, %.1f frames/s, %.0f s left", self._done, self._total, rate, left)
+            self._logged = now
+
+
+__all__ = ["Progress", "StopRun", "caption_units", "start_ray"]

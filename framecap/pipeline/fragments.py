@@ -1,0 +1,81 @@
+"""Fragments: captions of one chunk, kept under OUT/_framecap/fragments until their shards are published.
+
+An Arrow IPC file whose metadata says which rows of which shards it holds; its name follows from that, so a
+retried task writes the same file again. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from framecap.pipeline.plan import Chunk, Piece
+from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
+
+SUFFIX = ".fragment"
+FOLDER = "fragments"
+_PIECES = b"framecap.pieces"
+_FINGERPRINT = b"framecap.fingerprint"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A fragment on storage: ``pieces`` in the order of its rows."""
+
+    name: str
+    fingerprint: str
+    pieces: Chunk
+
+
+def fragment_name(pieces: Chunk, fingerprint: str) -> str:
+    """A name that the rows, their shards' signatures and the fingerprint decide, and nothing else."""
+    key = json.dumps([fingerprint, _as_lists(pieces)], ensure_ascii=False)
+    return hashlib.sha256(key.encode()).hexdigest()[:32] + SUFFIX
+
+
+def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Table) -> str:
+    """Write the captions of ``pieces`` in one atomic step; returns the fragment's name."""
+    metadata = {_PIECES: json.dumps(_as_lists(pieces)).encode(), _FINGERPRINT: fingerprint.encode()}
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    table = captions.replace_schema_metadata(metadata)
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    name = fragment_name(pieces, fingerprint)
+    write_bytes_atomic(join(folder, name), sink.getvalue())
+    return name
+
+
+def read_fragment(folder: str, name: str) -> tuple[Fragment, pa.Table]:
+    """A fragment and its rows. Raises ``pa.ArrowInvalid`` or ``KeyError`` if it is not one of ours."""
+    with pa.ipc.open_file(pa.py_buffer(read_bytes(join(folder, name)))) as reader:
+        metadata = reader.schema.metadata or {}
+        pieces = tuple(Piece(*values) for values in json.loads(metadata[_PIECES]))
+        fragment = Fragment(name, metadata[_FINGERPRINT].decode(), pieces)
+        return fragment, reader.read_all().replace_schema_metadata(None)
+
+
+def list_fragments(folder: str) -> list[str]:
+    """Names of all files in the fragments folder, leftovers of killed writers included."""
+    fs, path = open_fs(folder)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    return sorted(name.rsplit("/", 1)[-1] for name in fs.find(path))
+
+
+def delete_fragment(folder: str, name: str) -> None:
+    """Delete a file of the fragments folder; one that is already gone is fine."""
+    fs, path = open_fs(join(folder, name))
+    try:
+        fs.rm_file(path)
+    except FileNotFoundError:
+        return
+
+
+def _as_lists(pieces: Chunk) -> list[list[object]]:
+    return [[piece.shard, piece.signature, piece.start, piece.stop] for piece in pieces]

@@ -1,0 +1,202 @@
+"""Everything a run needs to know before it starts, checked on the driver before any actor exists."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+
+import framecap
+from framecap.errors import FramecapError, SettingsError, StorageError
+from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig
+from framecap.model.decode_options import DecodeOptions
+from framecap.model.images import IMAGE_TRANSFORM_VERSION
+from framecap.model.ruclip_layout import RuClipConfig
+from framecap.pipeline.fragments import FOLDER
+from framecap.pipeline.listing import Listing, check_places, list_input
+from framecap.pipeline.plan import fingerprint
+from framecap.pipeline.publish import Places
+from framecap.pipeline.read import ReadOptions
+from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.stages import ActorOptions
+from framecap.schema import SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
+from framecap.storage import MANIFEST, OPTIONS_VARIABLE, is_local, join, local_copy, open_fs, storage_options
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one actor takes, how many there may be, and how large its batches are."""
+
+    num_gpus: float
+    num_cpus: float
+    reader_cpus: float
+    actors: int
+    min_actors: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: settings, places, fingerprint, and the options of both stages."""
+
+    settings: CaptionSettings
+    run_id: str
+    source: Listing
+    captioner: str
+    resolution: int
+    embedding_size: int | None
+    decode: DecodeOptions
+    fingerprint: str
+    storage: dict[str, object]
+    batch_size: int = 64
+
+    @property
+    def output_uri(self) -> str:
+        return self.settings.output_uri
+
+    @property
+    def state_uri(self) -> str:
+        return join(self.output_uri, STATE_FOLDER)
+
+    @property
+    def lock_uri(self) -> str:
+        return join(self.state_uri, "lock")
+
+    @property
+    def columns(self) -> InputColumns:
+        return self.settings.columns
+
+    @property
+    def added(self) -> pa.Schema:
+        return caption_schema(self.settings.num_return_sequences > 1, self.embedding_size)
+
+    @property
+    def places(self) -> Places:
+        return Places(
+            self.source.root,
+            self.output_uri,
+            join(self.state_uri, FOLDER),
+            self.columns,
+            self.added,
+            self.fingerprint,
+        )
+
+    @property
+    def share_identical(self) -> bool:
+        return not self.settings.do_sample  # samples differ from frame to frame, also of equal frames
+
+    def sized_for(self, resources: Resources) -> Job:
+        return replace(self, batch_size=resources.batch_size)
+
+    def read_options(self) -> ReadOptions:
+        s = self.settings
+        return ReadOptions(
+            root=self.source.root,
+            columns=self.columns,
+            resolution=self.resolution,
+            seed=s.seed,
+            decode=s.decode,
+            max_pixels=s.max_pixels,
+            fetch_threads=s.fetch_threads,
+            fetch_retries=s.fetch_retries,
+            share_identical=self.share_identical,
+            video_column=s.video_column if s.reuse_similarity else None,
+        )
+
+    def actor_options(self) -> ActorOptions:
+        s = self.settings
+        return ActorOptions(
+            captioner=self.captioner,
+            folder=self.places.fragments,
+            fingerprint=self.fingerprint,
+            decode=self.decode,
+            device=s.device,
+            dtype=s.dtype,
+            threads=s.threads,
+            batch_size=self.batch_size,
+            similarity=s.similarity,
+            embedding_size=self.embedding_size,
+            share_identical=self.share_identical,
+            reuse_similarity=s.reuse_similarity,
+        )
+
+
+def prepare(settings: CaptionSettings) -> Job:
+    """Check everything that can be checked without work.
+
+    Raises ``SettingsError``, ``CaptionerError`` or ``StorageError`` with one line that says the fix.
+    """
+    if settings.storage_options:
+        os.environ[OPTIONS_VARIABLE] = json.dumps(settings.storage_options)
+    captioner = settings.captioner or str(Path(framecap.__file__).parent / "demo" / "mini")
+    directory = _local_captioner(captioner)
+    CaptionerConfig.from_file(directory / CONFIG_NAME)
+    encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
+    source = list_input(settings.input_uri)
+    check_places(source, settings.input_uri, settings.output_uri)
+    _check_writable(settings.output_uri)
+    decode = decode_options(settings)
+    return Job(
+        settings=settings,
+        run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
+        source=source,
+        captioner=captioner if "://" in captioner else str(Path(captioner).resolve()),
+        resolution=encoder.image_resolution,
+        embedding_size=encoder.embed_dim if settings.image_embedding else None,
+        decode=decode,
+        fingerprint=fingerprint((directory / MANIFEST).read_bytes(), _deciding(settings, decode)),
+        storage=storage_options(),
+    )
+
+
+def decode_options(settings: CaptionSettings) -> DecodeOptions:
+    """The decode options among the settings; the names are the same."""
+    return DecodeOptions(**{name: getattr(settings, name) for name in DecodeOptions.__dataclass_fields__})
+
+
+def _deciding(settings: CaptionSettings, decode: DecodeOptions) -> dict[str, object]:
+    """What decides the content of a caption shard, beside the captioner and the frames."""
+    names = ("similarity", "image_embedding", "reuse_similarity", "decode", "max_pixels", "keep_columns")
+    columns = ("id_column", "image_column", "image_uri_column")
+    return {
+        "schema": SCHEMA_VERSION,
+        "image_transform": IMAGE_TRANSFORM_VERSION,
+        "decode_options": decode.to_dict(),
+        **{name: getattr(settings, name) for name in (*names, *columns)},
+    }
+
+
+def _local_captioner(captioner: str) -> Path:
+    try:
+        return local_copy(captioner)
+    except (FramecapError, FileNotFoundError):
+        raise
+    except Exception as error:  # every backend has errors of its own; the operator needs one line
+        raise StorageError(f"--captioner {captioner} cannot be read: {error}") from error
+
+
+def _check_writable(output_uri: str) -> None:
+    """Raise ``SettingsError`` if OUT cannot be written; writes nothing itself."""
+    fs, path = open_fs(output_uri)
+    if is_local(output_uri):
+        place = Path(path)
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            what = "is not a folder" if not place.is_dir() else "is not writable"
+            raise SettingsError(f"--output-uri {output_uri} cannot be written: {place} {what}")
+        return
+    try:
+        fs.ls(path)
+    except FileNotFoundError:
+        return
+    except Exception as error:  # see above
+        raise SettingsError(f"--output-uri {output_uri} cannot be reached: {error}") from error

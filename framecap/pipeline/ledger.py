@@ -1,0 +1,93 @@
+"""What has been published, remembered between runs so that a night without news costs only listings.
+
+A cache: the truth is the metadata in each caption shard's footer, read wherever the ledger and the listing
+of OUT disagree. Lines are JSON; a run writes segments, which the next compaction folds into one file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from framecap.storage import exists, join, open_fs, read_bytes, write_bytes_atomic
+
+log = logging.getLogger(__name__)
+
+_FLUSH_LINES = 500
+_FLUSH_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One published caption shard; ``mark`` tells the file itself (size with ETag or mtime)."""
+
+    shard: str
+    rows: int
+    error_rows: int
+    signature: str
+    fingerprint: str
+    mark: str
+
+
+class Ledger:
+    """``entries`` by shard; ``append`` remembers a publication, ``compact`` leaves one file behind."""
+
+    def __init__(self, state_uri: str, run_id: str) -> None:
+        self._file = join(state_uri, "ledger.jsonl")
+        self._folder = join(state_uri, "ledger")
+        self._run_id = run_id
+        self._lines: list[str] = []
+        self._segments = 0
+        self._flushed = time.monotonic()
+        self.entries: dict[str, LedgerEntry] = {}
+        self._load()
+
+    def append(self, entry: LedgerEntry) -> None:
+        self.entries[entry.shard] = entry
+        self._lines.append(_line(entry))
+        if len(self._lines) >= _FLUSH_LINES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def forget(self, shards: Iterable[str]) -> None:
+        """Drop entries; takes effect on disk at ``compact``."""
+        for shard in shards:
+            self.entries.pop(shard, None)
+
+    def flush(self) -> None:
+        """Write what was appended since the last flush as one segment."""
+        if self._lines:
+            name = f"{self._run_id}-{self._segments:06d}.jsonl"
+            write_bytes_atomic(join(self._folder, name), "".join(self._lines).encode())
+            self._segments += 1
+            self._lines.clear()
+        self._flushed = time.monotonic()
+
+    def compact(self) -> None:
+        """One file with all entries, and no segments."""
+        text = "".join(_line(self.entries[shard]) for shard in sorted(self.entries))
+        write_bytes_atomic(self._file, text.encode())
+        self._lines.clear()
+        fs, path = open_fs(self._folder)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def _load(self) -> None:
+        fs, path = open_fs(self._folder)
+        sources = [self._file] if exists(self._file) else []
+        if fs.exists(path):
+            sources += [join(self._folder, name.rsplit("/", 1)[-1]) for name in sorted(fs.find(path))]
+        for source in sources:
+            for line in read_bytes(source).splitlines():
+                try:
+                    entry = LedgerEntry(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    log.warning("%s has a damaged line (%s); footers are read instead", source, error)
+                    continue
+                self.entries[entry.shard] = entry
+
+
+def _line(entry: LedgerEntry) -> str:
+    return json.dumps(asdict(entry), ensure_ascii=False) + "\n"

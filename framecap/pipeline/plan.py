@@ -1,0 +1,265 @@
+"""Which shards are to be captioned and why, and how their rows are cut into chunks and units.
+
+Reads listings and footers only, never frames. Knows nothing of Ray or captioners.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from framecap.errors import FramecapError, ShardError
+from framecap.pipeline.ledger import Ledger, LedgerEntry
+from framecap.pipeline.listing import Listing, open_shard
+from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
+
+T = TypeVar("T")
+R = TypeVar("R")
+Range = tuple[int, int]  # rows [start, stop) of a shard
+
+REASONS = ("new", "changed", "stale", "errors")
+_FOOTER_THREADS = 16
+_BUNDLE = 64  # tiny shards that may share a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """A shard to do: ``todo`` are the rows that must be captioned, all of them unless ``errors``."""
+
+    shard: str
+    signature: str
+    rows: int
+    reason: str
+    todo: tuple[Range, ...]
+
+    @property
+    def todo_rows(self) -> int:
+        return sum(stop - start for start, stop in self.todo)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of one shard within a chunk."""
+
+    shard: str
+    signature: str
+    start: int
+    stop: int
+
+
+Chunk = tuple[Piece, ...]  # what is captioned together and becomes one fragment
+
+
+@dataclass
+class Plan:
+    """``todo`` in path order; ``done`` counts shards without work; ``failed``: shard → ``ShardError``."""
+
+    todo: list[ShardPlan] = field(default_factory=list)
+    done: int = 0
+    done_rows: int = 0
+    error_rows: int = 0  # rows of done shards that failed in an earlier run
+    failed: dict[str, ShardError] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)  # caption shards without frame shard
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(shard.reason for shard in self.todo)
+
+
+def fingerprint(manifest: bytes, options: dict[str, object]) -> str:
+    """sha256 over the captioner's manifest and everything else that decides what a caption shard holds."""
+    digest = hashlib.sha256(hashlib.sha256(manifest).digest())
+    digest.update(json.dumps(options, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def make_plan(
+    source: Listing,
+    output_uri: str,
+    outputs: dict[str, str],
+    ledger: Ledger,
+    wanted: str,
+    columns: InputColumns,
+    added: pa.Schema,
+    retry_errors: bool = False,
+    limit: int | None = None,
+) -> Plan:
+    """Compare IN with what OUT holds. ``outputs``: listing of OUT; ``wanted``: this run's fingerprint."""
+    published = _published(output_uri, outputs, ledger)
+    plan = Plan(gone=[name for name in outputs if name not in source.marks])
+    reasons: dict[str, str] = {}
+    for shard, signature in source.marks.items():
+        entry = published.get(shard)
+        reason = _reason(entry, signature, wanted, retry_errors)
+        if reason is not None:
+            reasons[shard] = reason
+        elif entry is not None:
+            plan.done += 1
+            plan.done_rows += entry.rows
+            plan.error_rows += entry.error_rows
+
+    def inspect(shard: str) -> ShardPlan | ShardError:
+        try:
+            reason = reasons[shard]
+            rows = _check_footer(source.root, shard, columns, added)
+            todo = _error_ranges(output_uri, shard) if reason == "errors" else ((0, rows),) if rows else ()
+        except ShardError as error:
+            return error
+        return ShardPlan(shard, source.marks[shard], rows, reason, todo)
+
+    wanted_shards = sorted(reasons)
+    for shard, result in zip(wanted_shards, _parallel(inspect, wanted_shards), strict=False):
+        if isinstance(result, ShardError):
+            plan.failed[shard] = result
+        elif limit is None or len(plan.todo) < limit:
+            plan.todo.append(result)
+    return plan
+
+
+def _reason(entry: LedgerEntry | None, signature: str, wanted: str, retry_errors: bool) -> str | None:
+    if entry is None:
+        return "new"
+    if entry.signature != signature:
+        return "changed"
+    if entry.fingerprint != wanted:
+        return "stale"
+    return "errors" if retry_errors and entry.error_rows else None
+
+
+def _published(output_uri: str, outputs: dict[str, str], ledger: Ledger) -> dict[str, LedgerEntry]:
+    """Entries that the listing of OUT confirms; where it does not, the output's own footer decides."""
+    known = {s: e for s, m in outputs.items() if (e := ledger.entries.get(s)) is not None and e.mark == m}
+    unknown = [shard for shard in outputs if shard not in known]
+
+    def read(shard: str) -> LedgerEntry | None:
+        return read_output_footer(output_uri, shard, outputs[shard])
+
+    for entry in _parallel(read, unknown):
+        if entry is not None:
+            known[entry.shard] = entry
+            ledger.append(entry)
+    return known
+
+
+def read_output_footer(output_uri: str, shard: str, mark: str) -> LedgerEntry | None:
+    """What a published caption shard says of itself; None if framecap did not write it (or not whole)."""
+    try:
+        with open_shard(output_uri, shard) as file:
+            metadata = file.metadata.metadata or {}
+            return LedgerEntry(
+                shard=shard,
+                rows=file.metadata.num_rows,
+                error_rows=int(metadata[META_ERRORS]),
+                signature=metadata[META_SIGNATURE].decode(),
+                fingerprint=metadata[META_FINGERPRINT].decode(),
+                mark=mark,
+            )
+    except (ShardError, KeyError, ValueError):
+        return None
+
+
+def _check_footer(root: str, shard: str, columns: InputColumns, added: pa.Schema) -> int:
+    with open_shard(root, shard) as file:
+        columns.check(file.schema_arrow, added)
+        return int(file.metadata.num_rows)
+
+
+def _error_ranges(output_uri: str, shard: str) -> tuple[Range, ...]:
+    """Maximal runs of rows that failed in a published caption shard."""
+    ranges: list[Range] = []
+    offset = 0
+    with open_shard(output_uri, shard) as file:
+        for batch in file.iter_batches(columns=["caption_status"]):
+            failed = pc.equal(batch.column(0), STATUS_ERROR)
+            for row in pc.indices_nonzero(failed).to_pylist():
+                position = offset + row
+                if ranges and ranges[-1][1] == position:
+                    ranges[-1] = (ranges[-1][0], position + 1)
+                else:
+                    ranges.append((position, position + 1))
+            offset += len(batch)
+    return tuple(ranges)
+
+
+def _parallel(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Results in order, with a bounded number of calls under way."""
+    if not items:
+        return
+    with ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="framecap-footer") as pool:
+        for begin in range(0, len(items), 1024):
+            yield from pool.map(function, items[begin : begin + 1024])
+
+
+def subtract(todo: Iterable[Range], covered: Iterable[Range]) -> tuple[Range, ...]:
+    """The rows of ``todo`` that no range of ``covered`` holds; both sorted or not, result sorted."""
+    remaining: list[Range] = []
+    taken = sorted(covered)
+    for begin, end in sorted(todo):
+        position = begin
+        for start, stop in taken:
+            if stop <= position or start >= end:
+                continue
+            if start > position:
+                remaining.append((position, start))
+            position = max(position, stop)
+        if position < end:
+            remaining.append((position, end))
+    return tuple(remaining)
+
+
+def make_chunks(shards: Iterable[tuple[ShardPlan, tuple[Range, ...]]], rows: int) -> Iterator[Chunk]:
+    """Cut the ranges to do into chunks of at most ``rows`` rows.
+
+    Cuts fall on multiples of ``rows`` in the shard, so that they are the same after an interruption; short
+    pieces, as of tiny shards, share a chunk.
+    """
+    bundle: list[Piece] = []
+    bundled = 0
+    for shard, ranges in shards:
+        for start, stop in ranges:
+            while start < stop:
+                end = min(stop, (start // rows + 1) * rows)
+                if bundled + end - start > rows or len(bundle) >= _BUNDLE:
+                    yield tuple(bundle)
+                    bundle, bundled = [], 0
+                bundle.append(Piece(shard.shard, shard.signature, start, end))
+                bundled += end - start
+                start = end
+    if bundle:
+        yield tuple(bundle)
+
+
+def make_units(chunks: Iterable[Chunk], size: int) -> list[tuple[Chunk, ...]]:
+    """Group successive chunks, so that a reader opens a large shard once for up to ``size`` of them."""
+    units: list[list[Chunk]] = []
+    for chunk in chunks:
+        same = units and len(units[-1]) < size and units[-1][-1][-1].shard == chunk[0].shard
+        if same:
+            units[-1].append(chunk)
+        else:
+            units.append([chunk])
+    return [tuple(unit) for unit in units]
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan in lines, for ``--dry-run`` and the log."""
+    rows = sum(shard.todo_rows for shard in plan.todo)
+    reasons = ", ".join(f"{plan.reasons[r]} {r}" for r in REASONS if plan.reasons[r]) or "nothing"
+    lines = [f"to do: {len(plan.todo)} shards, {rows} rows ({reasons}); done: {plan.done} shards"]
+    lines += [f"cannot be read: {shard} ({error})" for shard, error in sorted(plan.failed.items())]
+    if plan.gone:
+        lines.append(f"caption shards whose frame shard is gone: {len(plan.gone)} (--prune deletes them)")
+    if plan.error_rows:
+        lines.append(f"rows that failed earlier: {plan.error_rows} (--retry-errors takes them up again)")
+    return lines
+
+
+__all__ = ["Chunk", "FramecapError", "Piece", "Plan", "Range", "ShardPlan", "describe", "fingerprint", "make_plan"]

@@ -1,0 +1,292 @@
+"""CPU stage: rows of frame shards → cropped uint8 pixels, one block row per chunk.
+
+Shards are streamed in record batches, so memory follows the chunk and not the shard or its row groups.
+A bad frame becomes an error of its row, a bad shard an error of its pieces. Knows nothing of captioners.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import posixpath
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from framecap.errors import FramecapError, FrameError, ShardError
+from framecap.model.images import Pixels, crop_and_resize
+from framecap.pipeline.listing import mark_of, open_shard
+from framecap.pipeline.plan import Chunk, Piece, Range
+from framecap.schema import InputColumns
+from framecap.storage import join, open_fs
+
+_READ_ROWS = 32  # frames decoded per record batch: 32 of 200 KB are 6 MB
+_RETRY_WAITS = (0.2, 1.0, 3.0, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How frames are read; ``resolution`` is the captioner's, ``share_identical`` sends equal bytes once."""
+
+    root: str
+    columns: InputColumns
+    resolution: int
+    seed: int
+    decode: str = "exact"
+    max_pixels: int = 178_956_970
+    fetch_threads: int = 8
+    fetch_retries: int = 3
+    share_identical: bool = True
+    video_column: str | None = None
+
+
+@dataclass
+class ChunkFrames:
+    """Frames of a chunk, row by row, beside their pixels [unique frames, R, R, 3].
+
+    ``slots[i]``: which picture row ``i`` shows, -1 for a row with an entry in ``errors``.
+    ``failed``: shard → ``ShardError`` of pieces that could not be read; those pieces have no rows.
+    """
+
+    pieces: Chunk
+    slots: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of each unique picture
+    errors: dict[int, str] = field(default_factory=dict)
+    videos: list[str | None] = field(default_factory=list)
+    failed: dict[str, ShardError] = field(default_factory=dict)
+    read_s: float = 0.0
+    decode_s: float = 0.0
+
+    def rows(self) -> int:
+        return len(self.slots)
+
+
+CHUNK_SCHEMA = pa.schema([("chunk", pa.binary()), ("pixels", pa.large_binary())])
+
+
+def read_units(block: pa.Table, options: ReadOptions) -> Iterator[pa.Table]:
+    """Block of pickled units → one single-row table per chunk (``CHUNK_SCHEMA``), in order."""
+    for unit in block.column("unit"):
+        for frames, pixels in read_chunks(pickle.loads(unit.as_py()), options):
+            yield pa.Table.from_arrays(
+                [
+                    pa.array([pickle.dumps(frames)], pa.binary()),
+                    pa.Array.from_buffers(
+                        pa.large_binary(),
+                        1,
+                        [None, pa.py_buffer(np.array([0, pixels.nbytes], np.int64)), pa.py_buffer(pixels)],
+                    ),
+                ],
+                schema=CHUNK_SCHEMA,
+            )
+
+
+def read_chunks(unit: tuple[Chunk, ...], options: ReadOptions) -> Iterator[tuple[ChunkFrames, Pixels]]:
+    """Read and transform the chunks of one unit; a shard stays open over its successive pieces."""
+    stream = _ShardStream(options)
+    with ThreadPoolExecutor(options.fetch_threads) as fetchers:
+        for pieces in unit:
+            builder = _ChunkBuilder(pieces, options, fetchers)
+            for piece in pieces:
+                _read_piece(stream, piece, builder)
+            yield builder.finish()
+    stream.close()
+
+
+def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> None:
+    before = builder.checkpoint()
+    for attempt in range(3):
+        try:
+            position = piece.start
+            for batch in stream.rows(piece):
+                builder.add(batch, piece.shard, position)
+                position += len(batch)
+            return
+        except (ShardError, pa.ArrowException, OSError, ValueError) as error:
+            builder.rewind(before)
+            stream.close()
+            final = error if isinstance(error, ShardError) else ShardError("unreadable", str(error)[:300])
+            if isinstance(error, ShardError) and error.kind == "changed":
+                break
+            time.sleep(_RETRY_WAITS[attempt])
+    builder.frames.failed[piece.shard] = final
+
+
+class _ShardStream:
+    """Successive ranges of shards as record batches; reads forward, and reopens only to go back."""
+
+    def __init__(self, options: ReadOptions) -> None:
+        self._options = options
+        self._shard: str | None = None
+        self._file: pq.ParquetFile | None = None
+        self._batches: Iterator[tuple[int, pa.RecordBatch]] = iter(())
+        self._held: tuple[int, pa.RecordBatch] | None = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._shard, self._file, self._held, self._batches = None, None, None, iter(())
+
+    def rows(self, piece: Piece) -> Iterator[pa.RecordBatch]:
+        """The rows [start, stop) of a piece, in order. Raises ``ShardError`` if there are fewer."""
+        self._seek(piece)
+        position = piece.start
+        while position < piece.stop:
+            held = self._held or next(self._batches, None)
+            if held is None:
+                raise ShardError("unreadable", f"rows end at {position}, the footer promised {piece.stop}")
+            offset, batch = held
+            end = offset + len(batch)
+            self._held = held if end > piece.stop else None
+            if end > position:
+                yield batch.slice(position - offset, min(end, piece.stop) - position)
+                position = min(end, piece.stop)
+
+    def _seek(self, piece: Piece) -> None:
+        start = self._held[0] if self._held is not None else None
+        if self._shard == piece.shard and (start is None or start <= piece.start):
+            return
+        self.close()
+        uri = join(self._options.root, piece.shard)
+        if mark_of(uri) != piece.signature:
+            raise ShardError("changed", "the file was replaced while the run was under way; run again")
+        self._file = open_shard(self._options.root, piece.shard)
+        self._shard = piece.shard
+        self._batches = self._from(self._file, piece.start)
+
+    def _from(self, file: pq.ParquetFile, start: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        columns = self._options.columns.read(file.schema_arrow)
+        video = self._options.video_column
+        if video in file.schema_arrow.names and video not in columns:
+            columns.append(video)
+        offset = 0
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if offset + rows > start:
+                for batch in file.iter_batches(_READ_ROWS, row_groups=[group], columns=columns):
+                    if offset + len(batch) > start:
+                        yield offset, batch
+                    offset += len(batch)
+            else:
+                offset += rows
+
+
+class _ChunkBuilder:
+    """Collects the rows of one chunk; equal bytes are decoded and carried once."""
+
+    def __init__(self, pieces: Chunk, options: ReadOptions, fetchers: ThreadPoolExecutor) -> None:
+        self.frames = ChunkFrames(pieces)
+        self._options, self._fetchers = options, fetchers
+        size = options.resolution
+        rows = sum(piece.stop - piece.start for piece in pieces)
+        self._pixels: Pixels = np.empty((rows, size, size, 3), np.uint8)
+        self._known: dict[bytes, int | str] = {}
+        self._started = time.perf_counter()
+
+    def checkpoint(self) -> tuple[int, int]:
+        return len(self.frames.slots), len(self.frames.digests)
+
+    def rewind(self, before: tuple[int, int]) -> None:
+        """Forget the rows of a piece that turned out unreadable half-way."""
+        rows, pictures = before
+        frames = self.frames
+        del frames.slots[rows:], frames.seeds[rows:], frames.videos[rows:], frames.digests[pictures:]
+        frames.errors = {row: text for row, text in frames.errors.items() if row < rows}
+        self._known = {d: slot for d, slot in self._known.items() if isinstance(slot, str) or slot < pictures}
+
+    def add(self, batch: pa.RecordBatch, shard: str, first: int) -> None:
+        columns, frames = self._options.columns, self.frames
+        identities = batch.column(columns.frame_id).to_pylist()
+        videos = self._options.video_column
+        frames.videos += (
+            [str(v) for v in batch.column(videos).to_pylist()] if videos in batch.schema.names else [None] * len(batch)
+        )
+        for position, data in enumerate(self._encoded(batch, shard)):
+            row = len(frames.slots)
+            identity = identities[position]
+            named = identity if identity is not None else f"{shard}#{first + position}"
+            frames.seeds.append(seed_of(named, self._options.seed))
+            slot = data if isinstance(data, FrameError) else self._slot(data)
+            if isinstance(slot, int):
+                frames.slots.append(slot)
+            else:
+                frames.slots.append(-1)
+                frames.errors[row] = str(slot)
+
+    def _slot(self, data: bytes) -> int | FrameError | str:
+        digest = hashlib.sha256(data).digest()
+        known = self._known.get(digest) if self._options.share_identical else None
+        if known is not None:
+            return known
+        begun = time.perf_counter()
+        slot = len(self.frames.digests)
+        options = self._options
+        try:
+            self._pixels[slot] = crop_and_resize(data, options.resolution, options.decode, options.max_pixels)  # type: ignore[arg-type]
+        except FrameError as error:
+            self._known[digest] = str(error)
+            return error
+        finally:
+            self.frames.decode_s += time.perf_counter() - begun
+        self._known[digest] = slot
+        self.frames.digests.append(digest)
+        return slot
+
+    def _encoded(self, batch: pa.RecordBatch, shard: str) -> Iterator[bytes | FrameError]:
+        """The encoded picture of each row: the image column, else what its URI leads to."""
+        names, columns = batch.schema.names, self._options.columns
+        images: list[Any] = [None] * len(batch)
+        uris: list[str | None] = [None] * len(batch)
+        if columns.image in names:
+            for row, value in enumerate(batch.column(columns.image).to_pylist()):
+                images[row] = value.get("bytes") if isinstance(value, dict) else value
+                uris[row] = value.get("path") if isinstance(value, dict) else None
+        if columns.image_uri in names:
+            uris = [given or own for given, own in zip(batch.column(columns.image_uri).to_pylist(), uris, strict=True)]
+        folder = posixpath.dirname(join(self._options.root, shard))
+        fetched = {
+            row: self._fetchers.submit(fetch, uri, folder, self._options.fetch_retries)
+            for row, uri in enumerate(uris)
+            if images[row] is None and uri
+        }
+        for row, image in enumerate(images):
+            if row in fetched:
+                yield fetched[row].result()
+            else:
+                yield image if image is not None else FrameError("missing", "the image is null")
+
+    def finish(self) -> tuple[ChunkFrames, Pixels]:
+        self.frames.read_s = time.perf_counter() - self._started - self.frames.decode_s
+        return self.frames, self._pixels[: len(self.frames.digests)]
+
+
+def fetch(uri: str, folder: str, retries: int) -> bytes | FrameError:
+    """The bytes at ``uri`` (relative ones: from ``folder``); a failure is returned, after ``retries``."""
+    target = uri if "://" in uri or uri.startswith("/") else join(folder, uri)
+    for attempt in range(retries + 1):
+        try:
+            fs, path = open_fs(target)
+            return bytes(fs.cat_file(path))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FramecapError):
+            return FrameError("missing", f"{target} does not exist")
+        except Exception as error:  # each backend raises its own; after the retries the row says which
+            if attempt == retries:
+                return FrameError("missing", f"{target}: {type(error).__name__}: {str(error)[:200]}")
+            time.sleep(_RETRY_WAITS[min(attempt, len(_RETRY_WAITS) - 1)])
+    raise AssertionError("unreachable")
+
+
+def seed_of(identity: object, seed: int) -> int:
+    """A frame's own 63-bit sampling seed: it follows from the frame's id, not from its place in a batch."""
+    digest = hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+__all__ = ["ChunkFrames", "Range", "ReadOptions", "read_chunks", "read_units"]

@@ -1,0 +1,153 @@
+"""The caption job: plan → caption → publish → summarise.
+
+One driver process that needs no GPU; whatever interrupts it, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from framecap.errors import CaptionerError, LockedError, SettingsError, StorageError
+from framecap.pipeline.caption import Progress, StopRun, caption_units, start_ray
+from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
+from framecap.pipeline.job import Job, prepare
+from framecap.pipeline.ledger import Ledger
+from framecap.pipeline.listing import list_shards
+from framecap.pipeline.lock import OutputLock
+from framecap.pipeline.plan import Plan, describe, make_chunks, make_plan, make_units, subtract
+from framecap.pipeline.publish import Publisher
+from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.stops import Stops
+from framecap.pipeline.summary import Summary, write_summary
+from framecap.pipeline.sweep import prune, sweep_temporary_files
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_SETTINGS, EXIT_FAILED, EXIT_WORK_LEFT = 0, 2, 3, 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of ``jobs/caption_frames.py``; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return run(CaptionSettings.from_command_line(argv)).exit_code
+    except (SettingsError, CaptionerError, StorageError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_SETTINGS
+    except LockedError as error:
+        print(f"locked: {error}", file=sys.stderr)
+        return EXIT_WORK_LEFT
+
+
+def run(settings: CaptionSettings) -> Summary:
+    """Caption what is not captioned yet.
+
+    Raises ``SettingsError``, ``CaptionerError`` or ``StorageError`` before anything is started or written,
+    and ``LockedError`` if another run works on the same output.
+    """
+    job = prepare(settings)
+    if settings.dry_run:
+        ledger = Ledger(job.state_uri, job.run_id)
+        return _dry_run(job, _plan(job, ledger))
+    with OutputLock(job.lock_uri, job.run_id, settings.lock_expiry) as lock, Stops(settings.time_budget) as stops:
+        ledger = Ledger(job.state_uri, job.run_id)
+        plan = _plan(job, ledger)
+        for line in describe(plan):
+            log.info("%s", line)
+        summary = Summary.begin(job, plan)
+        stops.watch(lock.check)
+        publisher = Publisher(job.places, plan.todo, ledger)
+        try:
+            _caption_and_publish(job, plan, publisher, summary, stops)
+        finally:
+            publisher.finish()
+            if settings.prune:
+                summary.pruned = prune(job, plan, ledger)
+            ledger.compact()
+            sweep_temporary_files(job.output_uri)
+            summary.end(publisher, _exit_code(settings, summary, publisher))
+            write_summary(job, summary)
+    return summary
+
+
+def _plan(job: Job, ledger: Ledger) -> Plan:
+    return make_plan(
+        job.source,
+        job.output_uri,
+        list_shards(job.output_uri),
+        ledger,
+        job.fingerprint,
+        job.columns,
+        job.added,
+        job.settings.retry_errors,
+        job.settings.limit,
+    )
+
+
+def _dry_run(job: Job, plan: Plan) -> Summary:
+    summary = Summary.begin(job, plan)
+    for line in [*describe(plan), summary.estimate(job)]:
+        print(line)
+    summary.exit_code = EXIT_FAILED if plan.failed else EXIT_DONE
+    return summary
+
+
+def _caption_and_publish(job: Job, plan: Plan, publisher: Publisher, summary: Summary, stops: Stops) -> None:
+    summary.recovered_rows = _take_up_fragments(job, plan, publisher)
+    for shard in plan.todo:
+        publisher.publish_if_complete(shard.shard)
+    remaining = [(shard, subtract(shard.todo, publisher.covered(shard.shard))) for shard in plan.todo]
+    total = sum(stop - start for _, ranges in remaining for start, stop in ranges)
+    if not total:
+        return
+    resources = start_ray(job.settings)
+    job = job.sized_for(resources)
+    chunks = list(make_chunks(remaining, job.batch_size))
+    units = make_units(chunks, max(1, min(8, len(chunks) // (8 * resources.actors))))
+    with Progress(total) as progress:
+        try:
+            for record in caption_units(job, units, resources, stops):
+                summary.add(record)
+                progress.add(record)
+                for shard, error in record.failed.items():
+                    publisher.fail(shard, error)
+                if record.pieces:
+                    publisher.add(record.pieces, record.fragment)
+                publisher.collect()
+                if summary.error_rate_exceeded(job.settings):
+                    raise StopRun("more rows fail than --max-error-rate allows")
+        except StopRun as stop:
+            summary.stopped = str(stop)
+            log.warning("stopping: %s", stop)
+
+
+def _take_up_fragments(job: Job, plan: Plan, publisher: Publisher) -> int:
+    """Note the fragments of earlier runs that still count, delete the rest; returns the rows they hold."""
+    wanted = {shard.shard: shard for shard in plan.todo}
+    rows = 0
+    for name in list_fragments(job.places.fragments):
+        try:
+            fragment, _ = read_fragment(job.places.fragments, name)
+        except (ValueError, KeyError, OSError):
+            delete_fragment(job.places.fragments, name)
+            continue
+        useful = [p for p in fragment.pieces if p.shard in wanted and wanted[p.shard].signature == p.signature]
+        if not useful or fragment.fingerprint != job.fingerprint:
+            delete_fragment(job.places.fragments, name)
+            continue
+        rows += sum(piece.stop - piece.start for piece in useful)
+        publisher.add(fragment.pieces, name)
+    if rows:
+        log.info("%d rows are in fragments of earlier runs", rows)
+    return rows
+
+
+def _exit_code(settings: CaptionSettings, summary: Summary, publisher: Publisher) -> int:
+    if summary.plan_failed or publisher.done.failed or summary.error_rate_exceeded(settings, least_rows=1):
+        code = EXIT_FAILED
+    else:
+        code = EXIT_DONE
+    if summary.stopped and publisher.unfinished and not summary.error_rate_exceeded(settings):
+        code = EXIT_WORK_LEFT
+    return code

@@ -1,0 +1,83 @@
+"""Settings of the caption job: every flag of ``jobs/caption_frames.py`` is a field here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from framecap.schema import InputColumns
+from framecap.settings import JobSettings, Seconds, StringList
+
+
+class CaptionSettings(JobSettings):
+    """What to caption, with what, how fast, and when to stop."""
+
+    input_uri: str = Field(description="frame shards: a Parquet file, a folder (recursive) or a glob")
+    output_uri: str = Field(description="folder of the caption shards; state goes to its _framecap/")
+    captioner: str | None = Field(None, description="captioner directory or URI (none: the bundled mini)")
+
+    id_column: str = Field("frame_id", description="input column that names a frame")
+    image_column: str = Field("image", description="input column with encoded bytes or struct{bytes, path}")
+    image_uri_column: str = Field("image_uri", description="input column with URIs of the pictures")
+    keep_columns: StringList = Field(
+        ("all",), description="input columns to carry over: all (but the image), none, or a,b,c"
+    )
+    similarity: bool = Field(True, description="ruCLIP cosine between frame and caption, per row")
+    image_embedding: bool = Field(False, description="add the frame's embedding as a column")
+    reuse_similarity: float | None = Field(
+        None, gt=0, le=1, description="share a caption between neighbours of one video above this cosine"
+    )
+    video_column: str = Field("video_id", description="input column that --reuse-similarity groups by")
+
+    num_beams: int = Field(1, ge=1, description="beams; 1 is greedy")
+    length_penalty: float = Field(1.0, description="beam search: above 0 prefers longer captions")
+    num_return_sequences: int = Field(1, ge=1, description="candidates per frame; more adds a column")
+    do_sample: bool = Field(False, description="sample instead of taking the likeliest token")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    top_k: int = Field(50, ge=0, description="sampling: only the k likeliest tokens; 0 is all")
+    top_p: float = Field(1.0, gt=0, le=1, description="sampling: the smallest set of this probability")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1 discourages repeated tokens")
+    no_repeat_ngram_size: int = Field(0, ge=0, description="no n-gram twice in a caption; 0 is off")
+    max_new_tokens: int = Field(40, ge=1, description="longest caption in tokens")
+    stop: StringList = Field((), description="strings that end a caption, beside the captioner's own")
+    seed: int = Field(0, description="sampling: each frame's seed follows from this and its id")
+    rerank: bool = Field(False, description="choose among the candidates by similarity")
+
+    device: str = Field("auto", description="auto, cpu or cuda")
+    dtype: str = Field("auto", description="auto (fp16 on a GPU, else fp32), float16, bfloat16, float32")
+    num_gpus: float | None = Field(None, ge=0, description="GPUs per actor, may be a fraction (none: auto)")
+    num_cpus: float | None = Field(None, gt=0, description="CPUs per actor (none: 1 with a GPU, else 0.75)")
+    min_actors: int = Field(1, ge=1, description="caption actors to start with")
+    max_actors: int | None = Field(None, ge=1, description="caption actors at most (none: all that fit)")
+    threads: int = Field(1, ge=1, description="torch threads of an actor on the CPU")
+    batch_size: int | None = Field(None, ge=1, description="frames per batch (none: 512 GPU, 64 CPU)")
+    decode: Literal["exact", "fast"] = Field("exact", description="exact pixels, or the JPEG decoder's scaling")
+    max_pixels: int = Field(178_956_970, ge=1, description="larger pictures are refused")
+    fetch_threads: int = Field(8, ge=1, description="parallel fetches of image_uri per reader")
+    fetch_retries: int = Field(3, ge=0, description="repeated tries of a fetch that failed")
+
+    dry_run: bool = Field(False, description="print the plan and an estimate, write nothing")
+    limit: int | None = Field(None, ge=1, description="caption at most this many shards, in path order")
+    retry_errors: bool = Field(False, description="take up again the rows that failed in earlier runs")
+    prune: bool = Field(False, description="delete caption shards whose frame shard is gone")
+    time_budget: Seconds | None = Field(None, gt=0, description="stop in good order after 90, 30m or 7.5h")
+    max_error_rate: float = Field(0.2, ge=0, le=1, description="stop when more of the rows than this fail")
+    lock_expiry: Seconds = Field(120.0, gt=1, description="a lock without heartbeat this long is void")
+    no_progress_timeout: Seconds = Field(900.0, gt=0, description="fail when nothing moves this long")
+    ray_address: str | None = Field(None, description="cluster to join (none: RAY_ADDRESS, else start one)")
+
+    @model_validator(mode="after")
+    def _check(self) -> CaptionSettings:
+        if "all" in self.keep_columns and len(self.keep_columns) > 1:
+            raise ValueError("--keep-columns is all, none, or a list of columns, not a mixture")
+        if self.num_return_sequences > 1 and not self.do_sample and self.num_return_sequences > self.num_beams:
+            raise ValueError("--num-return-sequences needs as many --num-beams, or --do-sample")
+        return self
+
+    @property
+    def columns(self) -> InputColumns:
+        """The input columns by meaning."""
+        keep = None if self.keep_columns == ("all",) else self.keep_columns
+        keep = () if keep == ("none",) else keep
+        return InputColumns(self.id_column, self.image_column, self.image_uri_column, keep)

@@ -1,0 +1,282 @@
+"""GPU stage: a pool of actors, each with one captioner, turns chunks of pixels into fragments.
+
+A batch that does not fit the memory is halved and tried again; a frame that breaks a batch is found by
+halving and becomes an error row. Knows nothing of reading or publishing shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections import Counter as Tally
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from framecap.errors import FrameError, ShardError
+from framecap.model.captioner import Caption, Captioner
+from framecap.model.decode_options import DecodeOptions
+from framecap.model.images import Pixels
+from framecap.pipeline.fragments import write_fragment
+from framecap.pipeline.plan import Chunk
+from framecap.pipeline.read import ChunkFrames
+from framecap.schema import EMBEDDING_COLUMN, REUSED_IDENTICAL, REUSED_SIMILAR, caption_schema
+
+log = logging.getLogger(__name__)
+_REMEMBERED = 50_000  # captions an actor keeps for frames with the same bytes
+RECORD_SCHEMA = pa.schema([("record", pa.binary())])
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """What a caption actor needs to know; ``folder`` is where fragments go."""
+
+    captioner: str
+    folder: str
+    fingerprint: str
+    decode: DecodeOptions
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 1
+    batch_size: int = 512
+    similarity: bool = True
+    embedding_size: int | None = None
+    share_identical: bool = True
+    reuse_similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """What the driver hears of a chunk: which rows are in which fragment, and how it went."""
+
+    fragment: str
+    pieces: Chunk
+    failed: dict[str, ShardError] = field(default_factory=dict)
+    statuses: dict[str, int] = field(default_factory=dict)
+    error_kinds: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class CaptionActor:
+    """One captioner on one device; called by Ray Data with blocks of chunks."""
+
+    def __init__(self, options: ActorOptions) -> None:
+        self._options = options
+        torch.set_num_threads(options.threads)
+        self._captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype)
+        self._remembered: OrderedDict[bytes, Caption] = OrderedDict()
+        self._rows = options.batch_size
+        self._metrics = _Metrics()
+        self._idle_since = time.perf_counter()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """``CHUNK_SCHEMA`` → ``RECORD_SCHEMA``: one record per chunk."""
+        records = []
+        for chunk, pixels in zip(block.column("chunk"), block.column("pixels"), strict=True):
+            frames: ChunkFrames = pickle.loads(chunk.as_py())
+            size = self._captioner.resolution
+            array = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(-1, size, size, 3)
+            records.append(pickle.dumps(self._caption_chunk(frames, array)))
+        return pa.table([pa.array(records, pa.binary())], schema=RECORD_SCHEMA)
+
+    def _caption_chunk(self, frames: ChunkFrames, pixels: Pixels) -> ChunkRecord:
+        begun = time.perf_counter()
+        waited = begun - self._idle_since
+        captions, reused = self._captions(frames, pixels)
+        embeddings = self._embeddings(frames, pixels)
+        captioned = time.perf_counter()
+        pieces = tuple(piece for piece in frames.pieces if piece.shard not in frames.failed)
+        name = ""
+        if pieces:
+            table = captions_table(captions, reused, self._options, embeddings)
+            name = write_fragment(self._options.folder, pieces, self._options.fingerprint, table)
+        self._idle_since = time.perf_counter()
+        record = ChunkRecord(
+            fragment=name,
+            pieces=pieces,
+            failed=frames.failed,
+            statuses=dict(Tally(caption.status for caption in captions)),
+            error_kinds=dict(Tally(c.error.partition(":")[0] for c in captions if c.error)),
+            reused=sum(mark is not None for mark in reused),
+            tokens=sum(caption.tokens for caption, mark in zip(captions, reused, strict=True) if mark is None),
+            seconds={
+                "read": frames.read_s,
+                "decode": frames.decode_s,
+                "wait": waited,
+                "caption": captioned - begun,
+                "write": self._idle_since - captioned,
+            },
+        )
+        self._metrics.observe(record, frames.rows() / self._options.batch_size)
+        return record
+
+    def _captions(self, frames: ChunkFrames, pixels: Pixels) -> tuple[list[Caption], list[str | None]]:
+        """One caption per row, and why it was not made for this row if it was not."""
+        first_row: dict[int, int] = {}
+        for row, slot in enumerate(frames.slots):
+            if slot >= 0:
+                first_row.setdefault(slot, row)
+        made: dict[int, Caption] = {}
+        marks: dict[int, str] = {}
+        if self._options.share_identical:
+            for slot in first_row:
+                if (known := self._remembered.get(frames.digests[slot])) is not None:
+                    made[slot], marks[slot] = known, REUSED_IDENTICAL
+                    self._remembered.move_to_end(frames.digests[slot])
+        leaders = self._leaders(frames, pixels, first_row) if self._options.reuse_similarity else {}
+        ask = [slot for slot in first_row if slot not in made and slot not in leaders]
+        seeds = [frames.seeds[first_row[slot]] for slot in ask]
+        answers = self.caption_rows(pixels[ask], seeds) if ask else []
+        made.update(zip(ask, answers, strict=True))
+        self._remember(frames, ask, answers)
+        for slot, (leader, similarity) in leaders.items():
+            if slot not in made:
+                made[slot], marks[slot] = replace(made[leader], similarity=similarity), REUSED_SIMILAR
+        captions = [
+            made[slot] if slot >= 0 else Caption("", status="error", error=frames.errors[row])
+            for row, slot in enumerate(frames.slots)
+        ]
+        reused = [
+            None if slot < 0 else marks.get(slot) or (REUSED_IDENTICAL if first_row[slot] != row else None)
+            for row, slot in enumerate(frames.slots)
+        ]
+        return captions, reused
+
+    def _remember(self, frames: ChunkFrames, slots: list[int], captions: Sequence[Caption]) -> None:
+        if not self._options.share_identical or self._options.reuse_similarity:
+            return
+        for slot, caption in zip(slots, captions, strict=True):
+            if caption.status != "error":
+                self._remembered[frames.digests[slot]] = caption
+        while len(self._remembered) > _REMEMBERED:
+            self._remembered.popitem(last=False)
+
+    def _leaders(
+        self, frames: ChunkFrames, pixels: Pixels, first_row: dict[int, int]
+    ) -> dict[int, tuple[int, float | None]]:
+        """slot → (slot whose caption it shares, None): the last captioned frame of its video, if near enough."""
+        embeddings = self.embed(pixels)
+        followers: dict[int, tuple[int, float | None]] = {}
+        last: dict[str, int] = {}
+        for slot, row in sorted(first_row.items(), key=lambda item: item[1]):
+            video = frames.videos[row] if frames.videos else None
+            if video is None:
+                continue
+            leader = last.get(video)
+            near = leader is not None and float(embeddings[slot] @ embeddings[leader])
+            if leader is not None and near >= (self._options.reuse_similarity or 1.0):
+                followers[slot] = (leader, None)
+            else:
+                last[video] = slot
+        return followers
+
+    def embed(self, pixels: Pixels) -> np.ndarray:
+        """uint8 [N, R, R, 3] → float32 [N, D], L2-normalised."""
+        parts = []
+        for start in range(0, len(pixels), self._rows):
+            pooled = self._captioner.features(pixels[start : start + self._rows]).pooled.float()
+            parts.append(torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+
+    def _embeddings(self, frames: ChunkFrames, pixels: Pixels) -> list[np.ndarray | None] | None:
+        if self._options.embedding_size is None:
+            return None
+        embedded = self.embed(pixels).astype(np.float16)
+        return [embedded[slot] if slot >= 0 else None for slot in frames.slots]
+
+    def caption_rows(self, pixels: Pixels, seeds: Sequence[int]) -> list[Caption]:
+        """Captions of uint8 [N, R, R, 3]; whatever breaks a batch costs only the frame that did it."""
+        captions: list[Caption] = []
+        while len(captions) < len(pixels):
+            part = slice(len(captions), len(captions) + self._rows)
+            captions += self._attempt(pixels[part], seeds[part])
+        return captions
+
+    def _attempt(self, pixels: Pixels, seeds: Sequence[int]) -> list[Caption]:
+        options = self._options
+        try:
+            return self._captioner.caption_pixels(pixels, options.decode, list(seeds), options.similarity)
+        except Exception as error:  # halved until the frame at fault stands alone
+            if _is_device_lost(error):
+                raise
+            out_of_memory = _is_out_of_memory(error)
+            log.warning("a batch of %d failed (%s); halving it", len(pixels), error)
+            if len(pixels) == 1:
+                cause = "out of memory" if out_of_memory else type(error).__name__
+                return [Caption.failed(FrameError("model", f"{cause}: {str(error)[:200]}"))]
+        middle = len(pixels) // 2
+        if out_of_memory:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._rows = max(1, min(self._rows, middle))
+        return self._attempt(pixels[:middle], seeds[:middle]) + self._attempt(pixels[middle:], seeds[middle:])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
+
+
+def _is_device_lost(error: Exception) -> bool:
+    """After such an error no call on this device succeeds: the actor must go, not the frames."""
+    return "CUDA error" in str(error) and not _is_out_of_memory(error)
+
+
+def captions_table(
+    captions: Sequence[Caption],
+    reused: Sequence[str | None],
+    options: ActorOptions,
+    embeddings: list[np.ndarray | None] | None,
+) -> pa.Table:
+    """Captions as the columns of ``caption_schema``."""
+    candidates = options.decode.num_return_sequences > 1
+    schema = caption_schema(candidates, options.embedding_size)
+    failed = [caption.status == "error" for caption in captions]
+    columns: dict[str, list[object]] = {
+        "caption": [None if bad else c.text for c, bad in zip(captions, failed, strict=True)],
+        "caption_status": [c.status for c in captions],
+        "caption_error": [c.error for c in captions],
+        "caption_logprob": [c.logprob for c in captions],
+        "caption_min_logprob": [c.min_logprob for c in captions],
+        "caption_tokens": [None if bad else c.tokens for c, bad in zip(captions, failed, strict=True)],
+        "caption_similarity": [c.similarity for c in captions],
+        "caption_reused": list(reused),
+    }
+    if candidates:
+        columns["caption_candidates"] = [list(c.candidates) or None for c in captions]
+    if embeddings is not None:
+        columns[EMBEDDING_COLUMN] = list(embeddings)
+    return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+
+
+class _Metrics:
+    """Ray metrics of an actor; the README says what each means."""
+
+    def __init__(self) -> None:
+        self._frames = Counter("framecap_frames", "Frames by status", ("status",))
+        self._reused = Counter("framecap_frames_reused", "Frames that share another frame's caption")
+        self._tokens = Counter("framecap_tokens", "Tokens generated")
+        self._seconds = Counter("framecap_stage_seconds", "Seconds spent by stage", ("stage",))
+        self._fill = Histogram("framecap_batch_fill", "Rows of a chunk ÷ batch size", [0.25, 0.5, 0.75, 0.9, 1.0])
+        self._memory = Gauge("framecap_gpu_memory_bytes", "Peak memory of the captioner on the GPU")
+
+    def observe(self, record: ChunkRecord, fill: float) -> None:
+        for status, count in record.statuses.items():
+            self._frames.inc(count, {"status": status})
+        for stage, seconds in record.seconds.items():
+            if seconds > 0:
+                self._seconds.inc(seconds, {"stage": stage})
+        if record.reused:
+            self._reused.inc(record.reused)
+        if record.tokens:
+            self._tokens.inc(record.tokens)
+        self._fill.observe(fill)
+        if torch.cuda.is_available():
+            self._memory.set(torch.cuda.max_memory_allocated())

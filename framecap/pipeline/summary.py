@@ -1,0 +1,151 @@
+"""What a run did, in figures: OUT/_framecap/runs/<run_id>/summary.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import framecap
+from framecap.pipeline.job import Job
+from framecap.pipeline.plan import Plan
+from framecap.pipeline.publish import Publisher
+from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.stages import ChunkRecord
+from framecap.schema import SCHEMA_VERSION, STATUS_ERROR
+from framecap.storage import join, write_bytes_atomic
+
+_LEAST_ROWS = 200  # before the error rate of a run says anything
+
+
+@dataclass
+class Summary:
+    """Counts of one run; written as JSON under the same names."""
+
+    run_id: str
+    started: str
+    fingerprint: str
+    shards_by_reason: dict[str, int]
+    shards_done_before: int
+    rows_to_do: int
+    error_rows_before: int
+    plan_failed: dict[str, str]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    exit_code: int = 0
+    stopped: str | None = None
+    ended: str | None = None
+    seconds: float = 0.0
+    recovered_rows: int = 0
+    captioned_rows: int = 0
+    reused_rows: int = 0
+    tokens: int = 0
+    fragments: int = 0
+    rows_by_status: Counter[str] = field(default_factory=Counter)
+    errors_by_kind: Counter[str] = field(default_factory=Counter)
+    stage_seconds: Counter[str] = field(default_factory=Counter)
+    stage_frames_per_second: dict[str, float] = field(default_factory=dict)
+    frames_per_second: float = 0.0
+    published_shards: int = 0
+    published_rows: int = 0
+    unfinished_shards: int = 0
+    failed_shards: dict[str, str] = field(default_factory=dict)
+    pruned: list[str] = field(default_factory=list)
+    _begun: float = field(default_factory=time.monotonic, repr=False)
+
+    @classmethod
+    def begin(cls, job: Job, plan: Plan) -> Summary:
+        return cls(
+            run_id=job.run_id,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            fingerprint=job.fingerprint,
+            shards_by_reason=dict(plan.reasons),
+            shards_done_before=plan.done,
+            rows_to_do=sum(shard.todo_rows for shard in plan.todo),
+            error_rows_before=plan.error_rows,
+            plan_failed={shard: str(error) for shard, error in plan.failed.items()},
+            settings=_public(job.settings),
+            versions={
+                "framecap": framecap.__version__,
+                "schema": str(SCHEMA_VERSION),
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("ray", "torch", "transformers", "pyarrow")},
+            },
+        )
+
+    def add(self, record: ChunkRecord) -> None:
+        rows = sum(record.statuses.values())
+        self.captioned_rows += rows
+        self.reused_rows += record.reused
+        self.tokens += record.tokens
+        self.fragments += bool(record.fragment)
+        self.rows_by_status.update(record.statuses)
+        self.errors_by_kind.update(record.error_kinds)
+        self.stage_seconds.update(record.seconds)  # type: ignore[arg-type]
+
+    def error_rate_exceeded(self, settings: CaptionSettings, least_rows: int = _LEAST_ROWS) -> bool:
+        """Whether the run fails as a whole; rows that are only tried again (``--retry-errors``) do not count."""
+        rows = self.captioned_rows
+        if settings.retry_errors or rows < least_rows:
+            return False
+        return self.rows_by_status[STATUS_ERROR] > settings.max_error_rate * rows
+
+    def end(self, publisher: Publisher, exit_code: int) -> None:
+        self.exit_code = exit_code
+        self.ended = datetime.now(UTC).isoformat(timespec="seconds")
+        self.seconds = round(time.monotonic() - self._begun, 3)
+        self.published_shards, self.published_rows = publisher.done.shards, publisher.done.rows
+        self.unfinished_shards = publisher.unfinished
+        failed = {shard: str(error) for shard, error in publisher.done.failed.items()}
+        self.failed_shards = dict(sorted({**self.plan_failed, **failed}.items()))
+        self.frames_per_second = round(self.captioned_rows / self.seconds, 3) if self.seconds else 0.0
+        self.stage_frames_per_second = {
+            stage: round(self.captioned_rows / seconds, 3)
+            for stage, seconds in self.stage_seconds.items()
+            if seconds > 0
+        }
+
+    def estimate(self, job: Job) -> str:
+        """How long the work may take, by the rate of the last run on this output, if there was one."""
+        rate = last_rate(job)
+        if not self.rows_to_do:
+            return "estimate: nothing to caption"
+        if rate is None:
+            return f"estimate: {self.rows_to_do} frames; no earlier run on this output tells the rate"
+        return f"estimate: {self.rows_to_do} frames at {rate:.1f} frames/s: {self.rows_to_do / rate / 60:.1f} minutes"
+
+    def to_json(self) -> bytes:
+        values = {key: value for key, value in asdict(self).items() if key not in ("_begun", "plan_failed")}
+        return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_summary(job: Job, summary: Summary) -> None:
+    """summary.json of this run."""
+    write_bytes_atomic(join(job.state_uri, "runs", summary.run_id, "summary.json"), summary.to_json())
+
+
+def last_rate(job: Job) -> float | None:
+    """Frames per second of the latest run on this output that captioned anything."""
+    from framecap.storage import open_fs, read_bytes
+
+    fs, path = open_fs(join(job.state_uri, "runs"))
+    if not fs.exists(path):
+        return None
+    for name in sorted(fs.find(path), reverse=True):
+        run_id = name.split("/")[-2]
+        rate = json.loads(read_bytes(join(job.state_uri, "runs", run_id, "summary.json")))["frames_per_second"]
+        if rate:
+            return float(rate)
+    return None
+
+
+def _public(settings: CaptionSettings) -> dict[str, Any]:
+    """Settings without the values of storage options, which may be secret."""
+    values = settings.model_dump(mode="json")
+    values["storage_options"] = sorted(values["storage_options"])
+    return values
