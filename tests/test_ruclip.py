@@ -215,6 +215,11 @@ def test_long_texts_are_cut_to_the_context(model: RuClip) -> None:
     assert row[-1] == 3
 
 
+def test_ids_without_an_eos_are_refused(model: RuClip) -> None:
+    with pytest.raises(CaptionerError, match="<eos>"):
+        model.encode_text(torch.tensor([[2, 5, 3], [2, 5, 6]]))
+
+
 def test_the_published_layout_survives_saving(checkpoint: Path, tmp_path: Path) -> None:
     RuClip.from_pretrained(checkpoint).save_pretrained(tmp_path)
     before, after = read_state_dict(checkpoint), read_state_dict(tmp_path)

@@ -160,12 +160,16 @@ class RuClip(nn.Module):
         return rows
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """int64 [N, L] → [N, embed_dim], not normalised: the state at ``<eos>``, projected, as ``ruclip``."""
+        """int64 [N, L] → [N, embed_dim], not normalised: the state at ``<eos>``, projected, as ``ruclip``.
+        Raises CaptionerError without a text tower, and for a row without ``<eos>``."""
         if self.text is None:
             raise _no_text_tower()
         ids = ids.to(self.device)
+        is_eos = ids == EOS_ID
+        if not is_eos.any(dim=1).all():
+            raise CaptionerError(f"every row of ids needs an <eos> ({EOS_ID}); use tokenize().")
+        at_eos = is_eos.int().argmax(dim=1)
         states = self.text.text_model(input_ids=ids).last_hidden_state
-        at_eos = (ids == EOS_ID).int().argmax(dim=1)
         return self.text.text_projection(states[torch.arange(len(ids), device=self.device), at_eos])
 
     def published_state(self) -> dict[str, Tensor]:
