@@ -36,6 +36,7 @@ _LOG_EVERY_S = 30.0
 
 def start_ray(settings: CaptionSettings) -> Resources:
     """Join or start a cluster, and size the actor pool by what it has."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
         ray.init(
             address=settings.ray_address,

@@ -24,7 +24,7 @@ from framecap.pipeline.sweep import prune, sweep_temporary_files
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_SETTINGS, EXIT_FAILED, EXIT_WORK_LEFT = 0, 2, 3, 75
+EXIT_DONE, EXIT_CRASHED, EXIT_SETTINGS, EXIT_FAILED, EXIT_WORK_LEFT = 0, 1, 2, 3, 75
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +60,9 @@ def run(settings: CaptionSettings) -> Summary:
         publisher = Publisher(job.places, plan.todo, ledger)
         try:
             _caption_and_publish(job, plan, publisher, summary, stops)
+        except BaseException as error:
+            summary.stopped = f"{type(error).__name__}: {str(error)[:500]}"
+            raise
         finally:
             publisher.finish()
             if settings.prune:
@@ -148,6 +151,8 @@ def _exit_code(settings: CaptionSettings, summary: Summary, publisher: Publisher
         code = EXIT_FAILED
     else:
         code = EXIT_DONE
-    if summary.stopped and publisher.unfinished and not summary.error_rate_exceeded(settings):
+    if sys.exc_info()[0] is not None:
+        code = EXIT_CRASHED
+    elif summary.stopped and publisher.unfinished and not summary.error_rate_exceeded(settings):
         code = EXIT_WORK_LEFT
     return code

@@ -264,7 +264,7 @@ class _Metrics:
         self._reused = Counter("framecap_frames_reused", "Frames that share another frame's caption")
         self._tokens = Counter("framecap_tokens", "Tokens generated")
         self._seconds = Counter("framecap_stage_seconds", "Seconds spent by stage", ("stage",))
-        self._fill = Histogram("framecap_batch_fill", "Rows of a chunk ÷ batch size", [0.25, 0.5, 0.75, 0.9, 1.0])
+        self._fill = Histogram("framecap_batch_fill", "Rows of a chunk by batch size", [0.25, 0.5, 0.75, 0.9, 1.0])
         self._memory = Gauge("framecap_gpu_memory_bytes", "Peak memory of the captioner on the GPU")
 
     def observe(self, record: ChunkRecord, fill: float) -> None:

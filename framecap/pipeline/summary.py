@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +18,7 @@ from framecap.pipeline.publish import Publisher
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.stages import ChunkRecord
 from framecap.schema import SCHEMA_VERSION, STATUS_ERROR
-from framecap.storage import join, write_bytes_atomic
+from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 _LEAST_ROWS = 200  # before the error rate of a run says anything
 
@@ -120,7 +120,8 @@ class Summary:
         return f"estimate: {self.rows_to_do} frames at {rate:.1f} frames/s: {self.rows_to_do / rate / 60:.1f} minutes"
 
     def to_json(self) -> bytes:
-        values = {key: value for key, value in asdict(self).items() if key not in ("_begun", "plan_failed")}
+        hidden = ("_begun", "plan_failed")  # the latter is part of failed_shards
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -131,8 +132,6 @@ def write_summary(job: Job, summary: Summary) -> None:
 
 def last_rate(job: Job) -> float | None:
     """Frames per second of the latest run on this output that captioned anything."""
-    from framecap.storage import open_fs, read_bytes
-
     fs, path = open_fs(join(job.state_uri, "runs"))
     if not fs.exists(path):
         return None

@@ -1,0 +1,72 @@
+"""Frame shards for the pipeline's tests, small and the same every time."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from framecap.pipeline.run import run
+from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.summary import Summary
+
+
+def jpeg(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    """A small picture of random tiles."""
+    tiles = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(tiles).resize(size, Image.Resampling.NEAREST).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def shard_table(name: str, rows: int, seed: int = 0) -> pa.Table:
+    """Frames ``name-0`` … with a video id, a position and a picture each."""
+    return pa.table(
+        {
+            "frame_id": [f"{name}-{row}" for row in range(rows)],
+            "video_id": [f"video-{name}"] * rows,
+            "timestamp_ms": pa.array(range(0, 40 * rows, 40), pa.int64()),
+            "image": pa.array([jpeg(seed + row) for row in range(rows)], pa.binary()),
+        }
+    )
+
+
+def write_shards(folder: Path, shards: int, rows: int, row_group_size: int = 16) -> list[str]:
+    """``shards`` frame shards, every other one in a sub-folder; returns their relative paths."""
+    names = []
+    for number in range(shards):
+        name = f"{'day/' if number % 2 else ''}s{number:03d}.parquet"
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(shard_table(f"s{number}", rows, 1000 * number), path, row_group_size=row_group_size)
+        names.append(name)
+    return sorted(names)
+
+
+def caption(source: Path | str, out: Path | str, captioner: Path | str, **settings: Any) -> Summary:
+    """Run the job in this process, with small batches and short captions unless told otherwise."""
+    values = {"batch_size": 8, "max_new_tokens": 4, "similarity": True, "max_actors": 1, **settings}
+    return run(
+        CaptionSettings(input_uri=str(source), output_uri=str(out), captioner=str(captioner), **values)
+    )
+
+
+def read_output(out: Path) -> dict[str, pa.Table]:
+    """Relative path → rows of each caption shard."""
+    paths = sorted(path for path in out.rglob("*.parquet"))
+    return {path.relative_to(out).as_posix(): pq.ParquetFile(path).read() for path in paths}
+
+
+def state_files(out: Path) -> list[str]:
+    """What lies under OUT beside caption shards, ledger and summaries."""
+    left = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
+    return [
+        name
+        for name in left
+        if not name.endswith((".parquet", "/summary.json")) and name != "_framecap/ledger.jsonl"
+    ]
