@@ -230,7 +230,17 @@ def test_the_published_layout_survives_saving(checkpoint: Path, tmp_path: Path) 
     assert again.tokenize(["Кот"]).tolist() == RuClip.from_pretrained(checkpoint).tokenize(["Кот"]).tolist()
 
 
-def test_from_config_trains(tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_saved_over_itself(tmp_path: Path, model: RuClip) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = RuClip.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 96, 96)
+    assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels))
+    assert torch.equal(RuClip.from_pretrained(tmp_path).encode_image(pixels), model.encode_image(pixels))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bpe.model", "config.json", "model.safetensors"]
+
+
+def test_from_config_trains() -> None:
     model = RuClip.from_config(RuClipConfig.from_file(B32 / "config.json"))
     model.encode_image(torch.randn(1, 3, 96, 96)).sum().backward()
     assert model.vision.visual_projection.weight.grad is not None

@@ -7,6 +7,7 @@ that a checkpoint can hold weights and never code.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -76,9 +77,18 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write ``state`` as safetensors (contiguous CPU copies, format marked "pt" as transformers expects)."""
+    """Write ``state`` as safetensors (contiguous CPU copies, format marked "pt" as transformers expects).
+
+    Put in place by a rename: tensors read from the old file of that name still map it.
+    """
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, str(unfinished), metadata={"format": "pt"})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_layout(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str | Path) -> None:
