@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "schema", "_root"},
     {"storage", "settings"},
     {"model"},
-    {"pipeline", "training", "demo", "pack", "video", "verify", "report", "notebook"},
+    {"pipeline", "training", "demo", "bench", "pack", "video", "verify", "report", "notebook"},
     {"cli"},
 ]
 ENGINE_MAY_IMPORT = {

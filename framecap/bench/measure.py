@@ -1,0 +1,176 @@
+"""Contestants side by side: interleaved rounds, medians, peak memory, and whether their results agree."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Clock = Literal["wall", "cpu"]
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a frame costs on paper: floating-point operations, and bytes that must move."""
+
+    operations: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """``run`` processes ``frames`` frames. ``result`` turns its return value into one value a frame that must
+    equal the first contestant's (None: nothing to compare); ``subset`` says which of the first contestant's
+    frames these are (None: all). ``peer`` is False for framecap's own."""
+
+    name: str
+    frames: int
+    run: Callable[[], Any]
+    peer: bool = True
+    work: Work | None = None
+    result: Callable[[Any], Sequence[Any]] | None = None
+    subset: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``ratio``: framecap's frames/s (the stage's first row) over this row's, of the
+    medians; ``agreement``: share of results equal to the first row's; ``roofline``: share of what the
+    ceilings allow; memory: peak of the process (or of the GPU) in MiB while it ran."""
+
+    stage: str
+    contestant: str
+    frames_per_second: float
+    ratio: float
+    seconds: tuple[float, ...]
+    frames: int
+    peer: bool
+    peak_mib: float | None = None
+    roofline: float | None = None
+    agreement: float | None = None
+    note: str = ""
+
+
+@dataclass
+class _Log:
+    seconds: list[float] = field(default_factory=list)
+    peak: float | None = None
+    result: Any = None
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """How rounds are timed: ``cpu`` counts this process's own CPU seconds, for a machine that others use."""
+
+    repeats: int
+    clock: Clock
+    device: torch.device
+
+    def compare(self, stage: str, contestants: Sequence[Contestant], ceilings: Ceilings | None = None) -> list[Row]:
+        """Run all once to warm up, then ``repeats`` rounds, each round from another contestant on."""
+        logs = [_Log() for _ in contestants]
+        for contestant, log in zip(contestants, logs, strict=True):
+            _reset_peak(self.device)
+            log.result = contestant.run()
+            log.peak = _peak_mib(self.device)
+        for turn in range(self.repeats):
+            for place in range(len(contestants)):
+                index = (place + turn) % len(contestants)
+                logs[index].seconds.append(self._time(contestants[index].run))
+        return [_row(stage, contestants, logs, index, ceilings) for index in range(len(contestants))]
+
+    def _time(self, run: Callable[[], Any]) -> float:
+        now = CLOCKS[self.clock]
+        self._wait()
+        start = now()
+        run()
+        self._wait()
+        return now() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device can do, measured: operations and bytes per second."""
+
+    operations: float
+    bytes: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time for ``work``."""
+        return max(work.operations / self.operations, work.bytes / self.bytes)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
+    """Best of several matrix products and copies, within about ``seconds`` each."""
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    operations = 2 * side**3 / _fastest(lambda: torch.mm(left, right, out=out), device, seconds)
+    block = torch.zeros(2**28 if device.type == "cuda" else 2**25, device=device)  # larger than the caches
+    target = torch.empty_like(block)
+    moved = 2 * block.nbytes / _fastest(lambda: target.copy_(block), device, seconds)
+    return Ceilings(operations, moved)
+
+
+def _fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    stopwatch = Stopwatch(1, "wall", device)
+    run()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, stopwatch._time(run))
+    return best
+
+
+def _row(
+    stage: str, contestants: Sequence[Contestant], logs: Sequence[_Log], index: int, ceilings: Ceilings | None
+) -> Row:
+    contestant, log = contestants[index], logs[index]
+    rates = [c.frames / statistics.median(seen.seconds) for c, seen in zip(contestants, logs, strict=True)]
+    row = Row(
+        stage=stage,
+        contestant=contestant.name,
+        frames_per_second=rates[index],
+        ratio=rates[0] / rates[index],
+        seconds=tuple(log.seconds),
+        frames=contestant.frames,
+        peer=contestant.peer,
+        peak_mib=log.peak,
+    )
+    if contestant.work is not None and ceilings is not None:
+        row = replace(row, roofline=ceilings.seconds(contestant.work) * rates[index])
+    if contestant.result is not None and contestants[0].result is not None:
+        ours, theirs = contestants[0].result(logs[0].result), contestant.result(log.result)
+        if contestant.subset is not None:
+            ours = [ours[place] for place in contestant.subset]
+        equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        row = replace(row, agreement=equal / len(ours))
+    return row
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # Linux only; elsewhere the memory column stays empty
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak_mib(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return next(float(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))

@@ -1,0 +1,90 @@
+"""Rows → a table to read, JSON to keep, and what they mean for the size of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from framecap.bench.measure import Ceilings, Row
+
+SECONDS_A_DAY = 86_400
+_HEADINGS = ("stage", "contestant", "frames/s", "framecap is", "same result", "roofline", "peak MiB", "")
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """A Markdown table; ``framecap is``: how many times as fast as this contestant the stage's first one is."""
+    lines: list[Sequence[str]] = [_HEADINGS]
+    last = None
+    for row in rows:
+        lines.append(("" if row.stage == last else row.stage, *_cells(row)))
+        last = row.stage
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    text = [f"| {' | '.join(line)} |" for line in padded]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.contestant,
+        _number(row.frames_per_second),
+        f"{row.ratio:.2f}×",
+        "" if row.agreement is None else f"{row.agreement:.0%}",
+        "" if row.roofline is None else f"{row.roofline:.0%}",
+        "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+        row.note,
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def as_json(
+    rows: Sequence[Row], machine: dict[str, Any], ceilings: Ceilings, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything measured, as plain values; ``seconds`` holds every round."""
+    return {
+        "machine": machine,
+        "ceilings": {"operations_per_second": ceilings.operations, "bytes_per_second": ceilings.bytes},
+        "settings": settings,
+        "rows": [asdict(row) for row in rows],
+        "sizing": sizing(rows),
+    }
+
+
+def sizing(rows: Sequence[Row]) -> dict[str, float]:
+    """Frames per second and day of one device (encoding and greedy generation, at the best batch), and the
+    CPU cores whose exact decoding of 1280×720 frames feeds it. Only what the measured stages tell."""
+    best: dict[str, float] = {}
+    for row in rows:
+        kind = next((k for k in ("decode exact 720p", "encode", "generate greedy") if row.stage.startswith(k)), None)
+        if kind and row.contestant in ("framecap", "framecap, to uint8"):
+            best[kind] = max(best.get(kind, 0.0), row.frames_per_second)
+    found: dict[str, float] = {}
+    if {"encode", "generate greedy"} <= best.keys():
+        rate = 1 / (1 / best["encode"] + 1 / best["generate greedy"])
+        found = {"frames_per_second": rate, "frames_per_day": rate * SECONDS_A_DAY}
+    if "decode exact 720p" in best:
+        found["decoded_per_second_and_core"] = best["decode exact 720p"]
+        if "frames_per_second" in found:
+            found["cores_per_device"] = found["frames_per_second"] / best["decode exact 720p"]
+    return found
+
+
+def format_sizing(found: dict[str, float], device: str) -> str:
+    """The last lines of the report; empty when too few stages ran."""
+    lines = []
+    if "frames_per_day" in found:
+        lines.append(
+            f"{device}: {_number(found['frames_per_second'])} frames/s, "
+            f"{found['frames_per_day']:,.0f} frames per day (encoding and greedy generation, one after the other)."
+        )
+    if "cores_per_device" in found:
+        lines.append(
+            f"CPU cores that feed {device}: {found['cores_per_device']:.2g}, at "
+            f"{_number(found['decoded_per_second_and_core'])} JPEG frames (1280×720, exact) per second and core."
+        )
+    return "\n".join(lines)
