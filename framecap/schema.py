@@ -81,7 +81,7 @@ class InputColumns:
             raise ShardError(
                 "wrong_type", f"{self.image!r} is {image_type}; it must be binary or struct<bytes, path>"
             )
-        if self.image_uri in names and not is_text(uri_type := schema.field(self.image_uri).type):
+        if self.image_uri in names and not _is_uri(uri_type := schema.field(self.image_uri).type):
             raise ShardError("wrong_type", f"{self.image_uri!r} is {uri_type}; it must be string")
         if missing := [name for name in self.keep or () if name not in names]:
             raise ShardError("missing_column", f"no column {missing[0]!r} to keep; it has {_listed(schema)}")
@@ -136,11 +136,15 @@ def _is_binary(kind: Any) -> bool:
     )
 
 
+def _is_uri(kind: Any) -> bool:
+    return is_text(kind) or pa.types.is_null(kind)  # all null, as pandas writes an unused column
+
+
 def _is_image(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         position = kind.get_field_index("bytes")
         return position >= 0 and _is_binary(kind.field(position).type)
-    return _is_binary(kind)
+    return _is_binary(kind) or pa.types.is_null(kind)
 
 
 def _listed(schema: pa.Schema) -> str:

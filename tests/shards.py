@@ -28,8 +28,8 @@ def shard_table(name: str, rows: int, seed: int = 0) -> pa.Table:
     """Frames ``name-0`` … with a video id, a position and a picture each."""
     return pa.table(
         {
-            "frame_id": [f"{name}-{row}" for row in range(rows)],
-            "video_id": [f"video-{name}"] * rows,
+            "frame_id": pa.array([f"{name}-{row}" for row in range(rows)], pa.string()),
+            "video_id": pa.array([f"video-{name}"] * rows, pa.string()),
             "timestamp_ms": pa.array(range(0, 40 * rows, 40), pa.int64()),
             "image": pa.array([jpeg(seed + row) for row in range(rows)], pa.binary()),
         }

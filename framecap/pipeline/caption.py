@@ -8,25 +8,21 @@ import logging
 import os
 import pickle
 import queue
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-from tqdm import tqdm
 
 from framecap.errors import SettingsError
 from framecap.pipeline.job import Job, Resources
 from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ReadOptions, read_units
+from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.pipeline.settings import CaptionSettings
-from framecap.pipeline.stages import ActorOptions, CaptionActor, ChunkRecord
-from framecap.pipeline.stops import StopRun, Stops
+from framecap.pipeline.stops import Stops
 from framecap.storage import OPTIONS_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -134,12 +130,17 @@ class _Reader:
         yield from read_units(block, self._options)
 
 
-class _Actor(CaptionActor):
+class _Actor:
     """``CaptionActor`` with the storage options of the driver."""
 
     def __init__(self, options: ActorOptions, storage: str) -> None:
+        from framecap.pipeline.stages import CaptionActor  # torch and the models: not on the driver
+
         _use_storage(storage)
-        super().__init__(options)
+        self._captioner = CaptionActor(options)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._captioner(block)
 
 
 def _use_storage(storage: str) -> None:
@@ -177,34 +178,3 @@ class _Consumer:
             with contextlib.suppress(queue.Full):
                 self.items.put(item, timeout=0.5)
                 return
-
-
-class Progress:
-    """One bar for the whole job on a terminal, else a log line every 30 s."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._begun = self._logged = time.monotonic()
-        self._bar = tqdm(total=total, unit="frame", smoothing=0.05, disable=not sys.stderr.isatty())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-    def add(self, record: ChunkRecord) -> None:
-        rows = sum(record.statuses.values())
-        self._done += rows
-        self._bar.update(rows)
-        now = time.monotonic()
-        if self._bar.disable and now - self._logged > _LOG_EVERY_S:
-            rate = self._done / (now - self._begun)
-            left = (self._total - self._done) / rate if rate else float("inf")
-            log.info("%d of %d frames, %.1f frames/s, %.0f s left", self._done, self._total, rate, left)
-            self._logged = now
-
-
-__all__ = ["Progress", "StopRun", "caption_units", "start_ray"]

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 import framecap
 from framecap.errors import FramecapError, SettingsError, StorageError
-from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.images import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip_layout import RuClipConfig
@@ -23,8 +22,8 @@ from framecap.pipeline.listing import Listing, check_places, list_input
 from framecap.pipeline.plan import fingerprint
 from framecap.pipeline.publish import Places
 from framecap.pipeline.read import ReadOptions
+from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.settings import CaptionSettings
-from framecap.pipeline.stages import ActorOptions
 from framecap.schema import SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
 from framecap.storage import MANIFEST, OPTIONS_VARIABLE, is_local, join, local_copy, open_fs, storage_options
 
@@ -93,6 +92,12 @@ class Job:
     def share_identical(self) -> bool:
         return not self.settings.do_sample  # samples differ from frame to frame, also of equal frames
 
+    def check_captioner(self) -> None:
+        """Raise ``CaptionerError`` if the captioner's own config is wrong; imports the models, hence late."""
+        from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig
+
+        CaptionerConfig.from_file(local_copy(self.captioner) / CONFIG_NAME)
+
     def sized_for(self, resources: Resources) -> Job:
         return replace(self, batch_size=resources.batch_size)
 
@@ -138,7 +143,6 @@ def prepare(settings: CaptionSettings) -> Job:
         os.environ[OPTIONS_VARIABLE] = json.dumps(settings.storage_options)
     captioner = settings.captioner or str(Path(framecap.__file__).parent / "demo" / "mini")
     directory = _local_captioner(captioner)
-    CaptionerConfig.from_file(directory / CONFIG_NAME)
     encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
     source = list_input(settings.input_uri)
     check_places(source, settings.input_uri, settings.output_uri)

@@ -164,7 +164,7 @@ class _ShardStream:
     def _from(self, file: pq.ParquetFile, start: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         columns = self._options.columns.read(file.schema_arrow)
         video = self._options.video_column
-        if video in file.schema_arrow.names and video not in columns:
+        if video is not None and video in file.schema_arrow.names and video not in columns:
             columns.append(video)
         offset = 0
         for group in range(file.metadata.num_row_groups):
@@ -233,6 +233,8 @@ class _ChunkBuilder:
         except FrameError as error:
             self._known[digest] = str(error)
             return error
+        except Exception as error:  # a decoder's own mistake is this frame's fault, not the shard's
+            return FrameError("not_an_image", f"{type(error).__name__}: {str(error)[:200]}")
         finally:
             self.frames.decode_s += time.perf_counter() - begun
         self._known[digest] = slot

@@ -9,16 +9,16 @@ import logging
 import sys
 
 from framecap.errors import CaptionerError, LockedError, SettingsError, StorageError
-from framecap.pipeline.caption import Progress, StopRun, caption_units, start_ray
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
 from framecap.pipeline.job import Job, prepare
 from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.listing import list_shards
 from framecap.pipeline.lock import OutputLock
 from framecap.pipeline.plan import Plan, describe, make_chunks, make_plan, make_units, subtract
+from framecap.pipeline.progress import Progress
 from framecap.pipeline.publish import Publisher
 from framecap.pipeline.settings import CaptionSettings
-from framecap.pipeline.stops import Stops
+from framecap.pipeline.stops import StopRun, Stops
 from framecap.pipeline.summary import Summary, write_summary
 from framecap.pipeline.sweep import prune, sweep_temporary_files
 
@@ -104,6 +104,9 @@ def _caption_and_publish(job: Job, plan: Plan, publisher: Publisher, summary: Su
     total = sum(stop - start for _, ranges in remaining for start, stop in ranges)
     if not total:
         return
+    from framecap.pipeline.caption import caption_units, start_ray  # Ray: only where there is work
+
+    job.check_captioner()
     resources = start_ray(job.settings)
     job = job.sized_for(resources)
     chunks = list(make_chunks(remaining, job.batch_size))
@@ -113,8 +116,8 @@ def _caption_and_publish(job: Job, plan: Plan, publisher: Publisher, summary: Su
             for record in caption_units(job, units, resources, stops):
                 summary.add(record)
                 progress.add(record)
-                for shard, error in record.failed.items():
-                    publisher.fail(shard, error)
+                for name, error in record.failed.items():
+                    publisher.fail(name, error)
                 if record.pieces:
                     publisher.add(record.pieces, record.fragment)
                 publisher.collect()

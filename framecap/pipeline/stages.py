@@ -12,57 +12,24 @@ import time
 from collections import Counter as Tally
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from framecap.errors import FrameError, ShardError
+from framecap.errors import FrameError
 from framecap.model.captioner import Caption, Captioner
-from framecap.model.decode_options import DecodeOptions
 from framecap.model.images import Pixels
 from framecap.pipeline.fragments import write_fragment
-from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ChunkFrames
+from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.schema import EMBEDDING_COLUMN, REUSED_IDENTICAL, REUSED_SIMILAR, caption_schema
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 50_000  # captions an actor keeps for frames with the same bytes
 RECORD_SCHEMA = pa.schema([("record", pa.binary())])
-
-
-@dataclass(frozen=True)
-class ActorOptions:
-    """What a caption actor needs to know; ``folder`` is where fragments go."""
-
-    captioner: str
-    folder: str
-    fingerprint: str
-    decode: DecodeOptions
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int = 1
-    batch_size: int = 512
-    similarity: bool = True
-    embedding_size: int | None = None
-    share_identical: bool = True
-    reuse_similarity: float | None = None
-
-
-@dataclass(frozen=True)
-class ChunkRecord:
-    """What the driver hears of a chunk: which rows are in which fragment, and how it went."""
-
-    fragment: str
-    pieces: Chunk
-    failed: dict[str, ShardError] = field(default_factory=dict)
-    statuses: dict[str, int] = field(default_factory=dict)
-    error_kinds: dict[str, int] = field(default_factory=dict)
-    reused: int = 0
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class CaptionActor:

@@ -15,8 +15,8 @@ import framecap
 from framecap.pipeline.job import Job
 from framecap.pipeline.plan import Plan
 from framecap.pipeline.publish import Publisher
+from framecap.pipeline.records import ChunkRecord
 from framecap.pipeline.settings import CaptionSettings
-from framecap.pipeline.stages import ChunkRecord
 from framecap.schema import SCHEMA_VERSION, STATUS_ERROR
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
@@ -86,7 +86,7 @@ class Summary:
         self.fragments += bool(record.fragment)
         self.rows_by_status.update(record.statuses)
         self.errors_by_kind.update(record.error_kinds)
-        self.stage_seconds.update(record.seconds)  # type: ignore[arg-type]
+        self.stage_seconds.update(record.seconds)
 
     def error_rate_exceeded(self, settings: CaptionSettings, least_rows: int = _LEAST_ROWS) -> bool:
         """Whether the run fails as a whole; rows that are only tried again (``--retry-errors``) do not count."""
