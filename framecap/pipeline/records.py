@@ -1,0 +1,41 @@
+"""What driver and actors tell each other; knows nothing of torch or Ray, so that a driver starts fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from framecap.errors import ShardError
+from framecap.model.decode_options import DecodeOptions
+from framecap.pipeline.plan import Chunk
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """What a caption actor needs to know; ``folder`` is where fragments go."""
+
+    captioner: str
+    folder: str
+    fingerprint: str
+    decode: DecodeOptions
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 1
+    batch_size: int = 512
+    similarity: bool = True
+    embedding_size: int | None = None
+    share_identical: bool = True
+    reuse_similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """What the driver hears of a chunk: which rows are in which fragment, and how it went."""
+
+    fragment: str
+    pieces: Chunk
+    failed: dict[str, ShardError] = field(default_factory=dict)
+    statuses: dict[str, int] = field(default_factory=dict)
+    error_kinds: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
