@@ -184,9 +184,7 @@ def cider_d(captions: Texts, references: References) -> np.ndarray:
 
 
 def _ngrams(tokens: list[str]) -> Counter[tuple[str, ...]]:
-    return Counter(
-        tuple(tokens[i : i + n]) for n in range(1, CIDER_ORDER + 1) for i in range(len(tokens) - n + 1)
-    )
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, CIDER_ORDER + 1) for i in range(len(tokens) - n + 1))
 
 
 def _length(counts: Counter[tuple[str, ...]]) -> int:

@@ -75,9 +75,7 @@ def read_columns(
         raise EvaluationError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def read_captions(
-    uri: str, ids: Collection[str], id_column: str, caption_column: str
-) -> dict[str, CaptionedFrame]:
+def read_captions(uri: str, ids: Collection[str], id_column: str, caption_column: str) -> dict[str, CaptionedFrame]:
     """Captions of the frames in ``ids``, by frame_id.
 
     Raises EvaluationError for a frame_id that comes twice, a missing column or a damaged file.
@@ -91,9 +89,7 @@ def read_captions(
             if frame_id not in wanted:
                 continue
             if frame_id in found:
-                raise EvaluationError(
-                    f"{id_column} {frame_id!r} comes twice in {uri}; one row a frame, please"
-                )
+                raise EvaluationError(f"{id_column} {frame_id!r} comes twice in {uri}; one row a frame, please")
             found[frame_id] = CaptionedFrame(
                 caption=row[caption_column] or "",
                 status=row.get("caption_status") or ("ok" if row[caption_column] else "error"),
@@ -160,9 +156,7 @@ class ScoredTexts:
     truncated: int
 
     @classmethod
-    def of(
-        cls, ids: list[str], captioned: dict[str, CaptionedFrame], references: dict[str, list[str]]
-    ) -> ScoredTexts:
+    def of(cls, ids: list[str], captioned: dict[str, CaptionedFrame], references: dict[str, list[str]]) -> ScoredTexts:
         """The frames ``ids``, all of which both sides have."""
         rows = [captioned[i] for i in ids]
         similarity = [np.nan if row.similarity is None else row.similarity for row in rows]

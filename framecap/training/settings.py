@@ -33,9 +33,7 @@ class TrainSettings(JobSettings):
         0.05, ge=0, le=1, description="largest share of pairs without caption or decodable image"
     )
 
-    bridge: Literal["mlp", "linear", "transformer", "cross_attention"] = Field(
-        "mlp", description="kind of bridge"
-    )
+    bridge: Literal["mlp", "linear", "transformer", "cross_attention"] = Field("mlp", description="kind of bridge")
     prefix_length: int = Field(10, ge=1, description="prefix embeddings (all bridges but cross_attention)")
     clip_length: int = Field(10, ge=1, description="transformer bridge: tokens made of the features")
     bridge_layers: int = Field(8, ge=1, description="transformer bridge: layers")
@@ -49,25 +47,22 @@ class TrainSettings(JobSettings):
     accumulate: int = Field(1, ge=1, description="passes that make up one batch, per worker")
     learning_rate: float = Field(2e-4, gt=0, description="of the bridge, at the end of warm-up")
     decoder_learning_rate: float = Field(0.0, ge=0, description="of the decoder; 0: same as the bridge")
-    min_learning_rate: float = Field(
-        0.0, ge=0, le=1, description="where the cosine ends, as share of the peak"
-    )
+    min_learning_rate: float = Field(0.0, ge=0, le=1, description="where the cosine ends, as share of the peak")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     max_tokens: int = Field(0, ge=0, description="where captions are cut; 0: the decoder's positions")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 or fp16 on a GPU"
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 or fp16 on a GPU")
     seed: int = Field(0, description="of weights, order and choice of caption")
 
-    validate_every: int = Field(0, ge=0, description="steps between validations; 0: each epoch")
+    validate_every: int = Field(0, ge=0, description="steps between validations; 0: an epoch, 50 at least")
     patience: int = Field(5, ge=0, description="validations without gain before stopping; 0: never")
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: each epoch")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: an epoch, 50 at least")
     log_every: int = Field(10, ge=1, description="steps between progress lines and rows of the curve")
 
     workers: int = Field(1, ge=1, description="Ray Train workers")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs per worker")
+    max_failures: int = Field(2, ge=0, description="times that lost workers are replaced before giving up")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
     encode_batch_size: int = Field(64, ge=1, description="images per pass through the frozen encoder")
     ray_address: str = Field("", description="Ray cluster; default: the one we are in, else a local one")
@@ -78,9 +73,7 @@ class TrainSettings(JobSettings):
             raise ValueError(f"bridge {self.bridge!r} is unknown; known: {', '.join(BRIDGES)}")
         share = self.workers * self.accumulate
         if self.batch_size % share:
-            raise ValueError(
-                f"--batch-size {self.batch_size} must be a multiple of workers x accumulate = {share}"
-            )
+            raise ValueError(f"--batch-size {self.batch_size} must be a multiple of workers x accumulate = {share}")
         return self
 
     @property
@@ -95,9 +88,7 @@ class EvaluateSettings(JobSettings):
     captions: str = Field(description="caption dataset: Parquet file, folder or glob")
     references: str = Field(description="references: Parquet or JSONL with frame_id and one or several texts")
     against: str = Field("", description="second caption dataset on the same references, to compare with")
-    captioner: str = Field(
-        "", description="captioner whose ruCLIP scores captions against references and frames"
-    )
+    captioner: str = Field("", description="captioner whose ruCLIP scores captions against references and frames")
     frames: str = Field("", description="frame shards: with --captioner, similarity is computed anew")
     output: str = Field("", description="JSON report to write")
 

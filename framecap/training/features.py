@@ -1,0 +1,153 @@
+"""Features of the frozen encoder, computed once per image and kept as arrays in the run's folder.
+
+Each unit of pairs becomes ``part-N.npy`` (float32 pooled [n, D], or float16 patches [n, P+1, W]) and, last,
+``part-N.json`` with captions, splits and the pairs left out; a unit that has both is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from framecap.errors import FrameError, TrainingError
+from framecap.model.images import IMAGE_TRANSFORM_VERSION
+from framecap.model.ruclip import ImageFeatures, RuClip
+from framecap.model.weights import find_weights
+from framecap.storage import sha256_file
+from framecap.training.disk import replace_file
+from framecap.training.pairs import Pair, PairColumns, PairUnit, read_unit
+
+DTYPES = {"pooled": np.float32, "patches": np.float16}
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What the features depend on, and how they are computed."""
+
+    encoder: str
+    feature: str
+    columns: PairColumns
+    batch_size: int
+    device: str
+
+
+def features_folder(run_dir: Path, units: Sequence[PairUnit], options: EncodeOptions) -> Path:
+    """Folder named by everything the features depend on, so that changed pairs or weights start afresh."""
+    weights = [sha256_file(file) for file in find_weights(Path(options.encoder))]
+    columns = [options.columns.image, options.columns.caption, options.columns.split]
+    key = [weights, options.feature, columns, IMAGE_TRANSFORM_VERSION, [u.to_dict() for u in units]]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    return run_dir / f"features-{digest[:16]}"
+
+
+def missing_units(folder: Path, units: Iterable[PairUnit]) -> list[PairUnit]:
+    """Units whose part is not there yet."""
+    return [unit for unit in units if not _part(folder, unit.index, "json").is_file()]
+
+
+def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOptions) -> None:
+    """Write the part of one unit."""
+    rows: list[dict[str, Any]] = []
+    arrays: list[np.ndarray] = []
+    bad: list[dict[str, Any]] = []
+    batch: list[tuple[int, Pair]] = []
+
+    def flush() -> None:
+        kept, pixels = [], []
+        for place, pair in batch:
+            try:
+                pixels.append(encoder.preprocess([pair.image or b""]))
+                kept.append(pair)
+            except FrameError as error:
+                bad.append({"row": place, "problem": str(error)})
+        if kept:
+            arrays.append(_encode(encoder, torch.cat(pixels), options.feature))
+            rows.extend({"captions": pair.captions, "split": pair.split} for pair in kept)
+        batch.clear()
+
+    for place, pair in enumerate(read_unit(unit, options.columns)):
+        if pair.problem:
+            bad.append({"row": place, "problem": pair.problem})
+            continue
+        batch.append((place, pair))
+        if len(batch) == options.batch_size:
+            flush()
+    flush()
+    part = {"path": unit.path, "row_group": unit.row_group, "rows": rows, "bad": bad}
+    if arrays:
+        with replace_file(_part(folder, unit.index, "npy")) as stream:
+            np.save(stream, np.concatenate(arrays))
+    with replace_file(_part(folder, unit.index, "json")) as stream:
+        stream.write(json.dumps(part, ensure_ascii=False).encode())
+
+
+@torch.inference_mode()
+def _encode(encoder: RuClip, pixels: torch.Tensor, feature: str) -> np.ndarray:
+    features = encoder.image_features(pixels)
+    tensor = features.patches if feature == "patches" else features.pooled
+    return tensor.float().cpu().numpy().astype(DTYPES[feature])
+
+
+def _part(folder: Path, index: int, ending: str) -> Path:
+    return folder / f"part-{index:06d}.{ending}"
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """All usable images: their captions and splits, and where their features lie (memory-mapped)."""
+
+    feature: str
+    captions: list[list[str]]
+    splits: list[str | None]
+    arrays: list[np.ndarray]
+    places: np.ndarray  # int64 [images, 2]: which array, which row
+    bad: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: Path, units: Sequence[PairUnit], feature: str) -> EncodedPairs:
+        """Read the parts of all units, in order."""
+        captions: list[list[str]] = []
+        splits: list[str | None] = []
+        arrays: list[np.ndarray] = []
+        places: list[tuple[int, int]] = []
+        bad: list[dict[str, Any]] = []
+        for unit in units:
+            part = json.loads(_part(folder, unit.index, "json").read_bytes())
+            bad += [{"path": unit.path, "row_group": unit.row_group} | entry for entry in part["bad"]]
+            if part["rows"]:
+                places += [(len(arrays), row) for row in range(len(part["rows"]))]
+                arrays.append(np.load(_part(folder, unit.index, "npy"), mmap_mode="r"))
+            captions += [row["captions"] for row in part["rows"]]
+            splits += [row["split"] for row in part["rows"]]
+        return cls(feature, captions, splits, arrays, np.array(places, dtype=np.int64).reshape(-1, 2), bad)
+
+    def check_bad(self, largest_share: float) -> None:
+        """Raise TrainingError when more than ``largest_share`` of the pairs were left out."""
+        total = len(self.bad) + len(self.captions)
+        if self.bad and (len(self.bad) > largest_share * total or not self.captions):
+            kinds = Counter(entry["problem"].partition(":")[0] for entry in self.bad)
+            counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+            first = self.bad[0]
+            raise TrainingError(
+                f"{len(self.bad)} of {total} pairs cannot be used ({counts}); first: {first['path']}, row group "
+                f"{first['row_group']}, row {first['row']}: {first['problem']}. "
+                f"Mend them or raise --max-bad-pairs above {largest_share}"
+            )
+
+    def features(self, images: np.ndarray, device: torch.device) -> ImageFeatures:
+        """Features of ``images`` (int64 [B]) as the bridge reads them, float32 on ``device``.
+
+        Only the kind that was stored is filled; the other is an empty tensor.
+        """
+        rows = np.stack([self.arrays[part][row] for part, row in self.places[images]])
+        tensor = torch.from_numpy(rows.astype(np.float32)).to(device)
+        empty = tensor.new_empty(0)
+        return ImageFeatures(empty, tensor) if self.feature == "patches" else ImageFeatures(tensor, empty)

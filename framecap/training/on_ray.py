@@ -1,0 +1,148 @@
+"""The two parts of training that run on Ray: features by Ray Data, steps by Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+import torch
+
+from framecap.errors import FramecapError, SettingsError, TrainingError
+from framecap.model.ruclip import RuClip
+from framecap.training.features import encode_unit, missing_units
+from framecap.training.loop import Team
+from framecap.training.plan import TrainPlan
+from framecap.training.run import train_worker
+from framecap.training.settings import TrainSettings
+
+log = logging.getLogger(__name__)
+
+
+def connect(settings: TrainSettings) -> str:
+    """Join or start Ray and settle the workers' device: ``cpu`` or ``cuda``.
+
+    Raises SettingsError when the cluster lacks the CPUs or GPUs asked for, which would wait for ever.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=settings.ray_address or None, logging_level=logging.WARNING)
+    has = ray.cluster_resources()
+    gpus, cpus = has.get("GPU", 0), has.get("CPU", 0)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if gpus >= settings.workers else "cpu"
+    if device == "cuda" and gpus < settings.workers:
+        raise SettingsError(f"--workers {settings.workers} on cuda need as many GPUs; the cluster has {gpus:g}")
+    needed = settings.workers * settings.cpus_per_worker
+    if cpus < needed:
+        raise SettingsError(
+            f"--workers {settings.workers} x --cpus-per-worker {settings.cpus_per_worker:g} need {needed:g} CPUs; "
+            f"the cluster has {cpus:g}"
+        )
+    return device
+
+
+class UnitEncoder:
+    """Actor of the encoding pool: holds the encoder, writes the part of each unit it is given."""
+
+    def __init__(self, plan: TrainPlan, device: str) -> None:
+        self.plan = plan
+        self.encoder = RuClip.from_pretrained(plan.encode.encoder, device)
+        self.by_index = {unit.index: unit for unit in plan.units}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Column ``index`` → the same and ``error``, empty where all went well."""
+        errors = []
+        for index in batch["index"]:
+            try:
+                encode_unit(self.encoder, self.by_index[int(index)], self.plan.features, self.plan.encode)
+                errors.append("")
+            except FramecapError as error:
+                errors.append(str(error))
+        return {"index": batch["index"], "error": errors}
+
+
+def encode_on_ray(plan: TrainPlan, device: str) -> None:
+    """Features of all units that have none yet, by a pool of actors.
+
+    Raises TrainingError with the first unit's error.
+    """
+    import ray
+
+    missing = missing_units(plan.features, plan.units)
+    if not missing:
+        return
+    RuClip.from_pretrained(plan.encode.encoder)  # damaged weights stop here, before any actor starts
+    log.info("encoding %d images in %d units", sum(unit.rows for unit in missing), len(missing))
+    settings = plan.settings
+    units = ray.data.from_items([{"index": u.index} for u in missing], override_num_blocks=len(missing))
+    done = units.map_batches(
+        UnitEncoder,
+        fn_constructor_kwargs={"plan": plan, "device": device},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=settings.workers),
+        num_cpus=settings.cpus_per_worker,
+        num_gpus=1 if device == "cuda" else 0,
+    )
+    for row in done.iter_rows():
+        if row["error"]:
+            raise TrainingError(row["error"])
+
+
+def train_on_ray(plan: TrainPlan, device: str) -> None:
+    """All steps, on ``settings.workers`` Ray Train workers; a lost worker's group resumes by itself.
+
+    Raises TrainingError, or the error a worker raised.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    settings = plan.settings
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"plan": plan, "device": device},
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=device == "cuda",
+            resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": int(device == "cuda")},
+        ),
+        run_config=RunConfig(
+            name=f"train-{uuid.uuid4().hex[:8]}",
+            storage_path=str((plan.run_dir / "ray").absolute()),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("framecap").setLevel(logging.INFO)
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
+    team = Team(device, context.get_world_rank(), context.get_world_size())
+    progress = train_worker(config["plan"], team)
+    ray.train.report({"step": progress.step, "train_loss": progress.train_loss})
+
+
+def _cause(error: Exception) -> FramecapError:
+    """The FramecapError that a worker raised, or a TrainingError around whatever it was."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    for failure in failures.values():
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, FramecapError):
+                return seen
+            seen = getattr(seen, "cause", None) or seen.__cause__
+    first = next(iter(failures.values()))
+    line = (str(first).strip().splitlines() or [type(first).__name__])[-1]
+    return TrainingError(f"training failed: {line}; start the same command again to resume")

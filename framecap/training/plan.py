@@ -1,0 +1,166 @@
+"""What a training run is made of, settled and checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from framecap.errors import MissingFileError, SettingsError
+from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.captioner_config import check_fit
+from framecap.model.ruclip import RuClip, RuClipConfig
+from framecap.model.rugpt import RuGpt
+from framecap.model.weights import find_weights
+from framecap.storage import is_local, sha256_file
+from framecap.training.disk import check_space, clear_disk_errors
+from framecap.training.examples import split_examples, tokenise
+from framecap.training.features import (
+    DTYPES,
+    EncodedPairs,
+    EncodeOptions,
+    encode_unit,
+    features_folder,
+    missing_units,
+)
+from framecap.training.loop import TrainingData
+from framecap.training.loss import CaptionLoss
+from framecap.training.pairs import PairUnit, plan_units
+from framecap.training.settings import TrainSettings
+
+# Settings that may change between a run and its resumption.
+_PLACES = {"encoder", "decoder", "pairs", "out", "work_dir"}  # their content is in the identity instead
+_MEANS = {"workers", "cpus_per_worker", "max_failures", "device", "ray_address", "encode_batch_size", "accumulate"}
+_REPORTS = {"config", "storage_options", "max_bad_pairs", "log_every", "checkpoint_every"}
+_FREE = _PLACES | _MEANS | _REPORTS
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Units to encode, where their features go, the bridge to train, and what makes this run itself."""
+
+    settings: TrainSettings
+    units: tuple[PairUnit, ...]
+    encode: EncodeOptions
+    features: Path
+    bridge: BridgeConfig
+    identity: dict[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of features, checkpoints and curves."""
+        return Path(self.settings.run_dir)
+
+
+def make_plan(settings: TrainSettings, device: str) -> TrainPlan:
+    """Check paths, sizes, columns and space; nothing is computed yet.
+
+    Raises SettingsError, MissingFileError, BridgeMismatchError, TrainingError.
+    """
+    for name in ("encoder", "decoder", "out", "run_dir"):
+        if not is_local(getattr(settings, name)):
+            raise SettingsError(f"{name} {getattr(settings, name)!r} must be a folder on this machine or a shared disk")
+    out = Path(settings.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"--out {out} exists and is not empty; give a folder that does not exist yet")
+    units, columns = plan_units(settings)
+    bridge = bridge_config(settings)
+    encode = EncodeOptions(settings.encoder, bridge.feature, columns, settings.encode_batch_size, device)
+    run_dir = Path(settings.run_dir)
+    with clear_disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    features = features_folder(run_dir, units, encode)
+    plan = TrainPlan(settings, tuple(units), encode, features, bridge, _identity(settings, features))
+    check_space(run_dir, _bytes_needed(plan), "features and checkpoints")
+    return plan
+
+
+def bridge_config(settings: TrainSettings) -> BridgeConfig:
+    """Sizes of the bridge from the two checkpoints it joins."""
+    encoder = RuClipConfig.from_file(_config(settings.encoder, "--encoder"))
+    decoder = RuGpt.from_pretrained(settings.decoder).config
+    crosses = settings.bridge == "cross_attention"
+    bridge = BridgeConfig(
+        kind=settings.bridge,
+        feature_size=encoder.vision_width if crosses else encoder.embed_dim,
+        decoder_size=decoder.n_embd,
+        prefix_length=settings.prefix_length,
+        feature="patches" if crosses else "pooled",
+        clip_length=settings.clip_length,
+        num_layers=settings.bridge_layers,
+        num_heads=settings.bridge_heads,
+        normalize_features=settings.normalize_features,
+    )
+    check_fit(bridge, encoder, decoder)
+    return bridge
+
+
+def _config(folder: str, flag: str) -> Path:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise MissingFileError(f"{flag} {folder} holds no config.json; give the folder of a checkpoint")
+    return path
+
+
+def _identity(settings: TrainSettings, features: Path) -> dict[str, Any]:
+    kept = {k: v for k, v in settings.model_dump(mode="json").items() if k not in _FREE}
+    weights = [sha256_file(file) for file in find_weights(Path(settings.decoder))]
+    digest = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+    return kept | {"features": features.name, "decoder_weights": digest}
+
+
+def _bytes_needed(plan: TrainPlan) -> int:
+    encoder = RuClipConfig.from_file(Path(plan.settings.encoder) / "config.json")
+    patches = (encoder.image_resolution // encoder.vision_patch_size) ** 2 + 1
+    values = plan.bridge.feature_size * (patches if plan.bridge.feature == "patches" else 1)
+    rows = sum(unit.rows for unit in missing_units(plan.features, plan.units))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_bridge(plan.bridge).parameters())
+    decoder = sum(file.stat().st_size for file in find_weights(Path(plan.settings.decoder)))
+    encoder_bytes = sum(file.stat().st_size for file in find_weights(Path(plan.settings.encoder)))
+    # Weights and two moments in each of two kept checkpoints and the one being written, best, result.
+    trained = 4 * parameters + (decoder if plan.settings.train != "bridge" else 0)
+    features = rows * values * np_size(plan.bridge.feature)
+    return features + 11 * trained + 2 * (decoder + encoder_bytes)
+
+
+def np_size(feature: str) -> int:
+    """Bytes of one stored feature value."""
+    return 2 if DTYPES[feature].__name__ == "float16" else 4
+
+
+def encode_here(plan: TrainPlan) -> None:
+    """Compute all missing features in this process."""
+    missing = missing_units(plan.features, plan.units)
+    if missing:
+        encoder = RuClip.from_pretrained(plan.encode.encoder, plan.encode.device)
+        for unit in missing:
+            encode_unit(encoder, unit, plan.features, plan.encode)
+
+
+def build_model(plan: TrainPlan, device: torch.device) -> CaptionLoss:
+    """Bridge (random by the run's seed) and decoder on ``device``, in fp32."""
+    settings = plan.settings
+    torch.manual_seed(settings.seed)
+    crosses = plan.bridge.kind == "cross_attention"
+    decoder = RuGpt.from_pretrained(settings.decoder, cross_attention=crosses)
+    model = CaptionLoss(build_bridge(plan.bridge), decoder, settings.train == "bridge+decoder")
+    return model.to(device)
+
+
+def load_data(plan: TrainPlan, decoder: RuGpt) -> tuple[TrainingData, int]:
+    """Encoded pairs as examples of both splits, and how many captions were cut.
+
+    Raises TrainingError for too many bad pairs or an empty split.
+    """
+    settings = plan.settings
+    pairs = EncodedPairs.open(plan.features, plan.units, plan.bridge.feature)
+    pairs.check_bad(settings.max_bad_pairs)
+    prefix = 1 if plan.bridge.kind == "cross_attention" else plan.bridge.prefix_length
+    room = decoder.config.n_positions - prefix
+    tokens, cut = tokenise(pairs.captions, decoder, min(room, settings.max_tokens or room))
+    return TrainingData(pairs, *split_examples(pairs, tokens, settings)), cut

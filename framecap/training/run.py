@@ -1,0 +1,130 @@
+"""Train a captioner: plan → encode once → train → assemble, on a Ray cluster or in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from framecap.errors import TrainingError
+from framecap.model.captioner import BRIDGE_WEIGHTS, choose_device
+from framecap.model.captioner_config import CaptionerConfig
+from framecap.model.convert import assemble
+from framecap.model.rugpt import RuGpt
+from framecap.model.weights import write_state_dict
+from framecap.storage import OPTIONS_VARIABLE
+from framecap.training.checkpoint import Progress
+from framecap.training.curve import draw
+from framecap.training.disk import clear_disk_errors, replace_file
+from framecap.training.loop import Team, Trainer
+from framecap.training.loss import CaptionLoss
+from framecap.training.plan import TrainPlan, build_model, encode_here, load_data, make_plan
+from framecap.training.settings import TrainSettings
+
+log = logging.getLogger(__name__)
+
+RESULT = "trained"  # what the leader leaves for assembling: decoder, bridge.safetensors, summary.json
+
+
+def train_locally(settings: TrainSettings) -> Path:
+    """Train in this process, one worker, no Ray; return the captioner directory.
+
+    Raises SettingsError, TrainingError and the errors of loading checkpoints.
+    """
+    device = choose_device(settings.device)
+    plan = make_plan(settings, str(device))
+    encode_here(plan)
+    check_data(plan)
+    train_worker(plan, Team(device=device))
+    return publish(plan)
+
+
+def train_captioner(settings: TrainSettings) -> Path:
+    """Train on the Ray cluster we are in (or a local one) with ``settings.workers``; return the directory.
+
+    Raises SettingsError, TrainingError and the errors of loading checkpoints.
+    """
+    from framecap.training.on_ray import connect, encode_on_ray, train_on_ray
+
+    if settings.storage_options:
+        os.environ[OPTIONS_VARIABLE] = json.dumps(settings.storage_options)
+    plan = make_plan(settings, device="auto")
+    device = connect(settings)
+    encode_on_ray(plan, device)
+    check_data(plan)
+    train_on_ray(plan, device)
+    return publish(plan)
+
+
+def check_data(plan: TrainPlan) -> None:
+    """Say what will be trained on, and stop here rather than on the workers if that cannot be."""
+    decoder = RuGpt.from_pretrained(plan.settings.decoder)
+    data, cut = load_data(plan, decoder)
+    bad = data.pairs.bad
+    log.info(
+        "%d captions for training, %d for validation, of %d images; %d pairs left out, %d captions cut",
+        len(data.training),
+        len(data.validation),
+        len(data.pairs.captions),
+        len(bad),
+        cut,
+    )
+    if bad:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
+        with replace_file(plan.run_dir / "bad_pairs.jsonl") as stream:
+            stream.write(lines.encode())
+
+
+def train_worker(plan: TrainPlan, team: Team) -> Progress:
+    """One worker's part; the leader leaves the result in the run's folder."""
+    model = build_model(plan, team.device)
+    data, _ = load_data(plan, model.decoder)
+    trainer = Trainer(model, data, plan.settings, plan.run_dir, team, plan.identity)
+    progress = trainer.train()
+    if team.leads:
+        leave_result(plan, model, progress, trainer.steps)
+    return progress
+
+
+def leave_result(plan: TrainPlan, model: CaptionLoss, progress: Progress, steps: int) -> None:
+    """Write the trained parts and summary.json below the run's folder."""
+    folder = plan.run_dir / RESULT
+    with clear_disk_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if plan.settings.train == "bridge+decoder":
+            model.decoder.save_pretrained(folder / "decoder")
+        write_state_dict(folder / BRIDGE_WEIGHTS, model.bridge_state())
+    summary: dict[str, Any] = {
+        "steps": progress.step,
+        "planned_steps": steps,
+        "stopped_early": progress.step < steps,
+        "train_loss": progress.train_loss,
+        "validation_loss": progress.best_loss if progress.validated else None,
+        "best_step": progress.best_step if progress.validated else progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "bridge": asdict(plan.bridge),
+        "settings": plan.settings.model_dump(mode="json"),
+    }
+    with replace_file(folder / "summary.json") as stream:
+        stream.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def publish(plan: TrainPlan) -> Path:
+    """Draw the curve and assemble the captioner directory from the encoder and the result.
+
+    Raises TrainingError when training left no result.
+    """
+    result = plan.run_dir / RESULT
+    if not (result / "summary.json").is_file():
+        raise TrainingError(f"{result} holds no finished result; start the same command again to resume")
+    draw(plan.run_dir)
+    decoder = result / "decoder" if plan.settings.train == "bridge+decoder" else Path(plan.settings.decoder)
+    with clear_disk_errors(Path(plan.settings.out)):
+        config = CaptionerConfig(plan.bridge)
+        return assemble(plan.settings.encoder, decoder, result / BRIDGE_WEIGHTS, plan.settings.out, config)

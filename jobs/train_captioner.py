@@ -1,0 +1,26 @@
+"""Train a captioner: python jobs/train_captioner.py --encoder E --decoder D --pairs P --out O."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from framecap.errors import FramecapError
+from framecap.training.run import train_captioner
+from framecap.training.settings import TrainSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train and print where the captioner is; 0 done, 2 for settings, data or disk that do not allow it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        settings = TrainSettings.from_command_line(argv)
+        print(train_captioner(settings))
+    except FramecapError as error:
+        print(f"train_captioner: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
