@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line_that_names_the_flag(arguments: list[str], message
 
 def test_an_unknown_key_of_the_file_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("beamz: 2\n")
-    with pytest.raises(SettingsError, match="unknown key 'beamz' in .*; did you mean beams?"):
+    with pytest.raises(SettingsError, match=r"unknown key 'beamz' in .*; did you mean beams?"):
         Example.from_command_line(["--config", str(tmp_path / "job.yaml")])
 
 

@@ -1,0 +1,195 @@
+"""Interrupted at any moment, the same command goes on: nothing lost, nothing twice, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from shards import caption, read_output, state_files, write_shards
+
+from framecap.errors import LockedError
+from framecap.pipeline.lock import OutputLock
+
+REPOSITORY = Path(__file__).parent.parent
+SHARDS, ROWS = 6, 40
+
+
+def start_job(source: Path, out: Path, captioner: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """The job as an operator starts it, on the session's cluster, in small batches."""
+    address = ray.get_runtime_context().gcs_address
+    command = [
+        sys.executable, str(REPOSITORY / "jobs" / "caption_frames.py"),
+        "--input-uri", str(source), "--output-uri", str(out), "--captioner", str(captioner),
+        "--ray-address", address, "--batch-size", "4", "--max-actors", "1", *flags,
+    ]  # fmt: skip
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen[bytes], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the job did not come that far"
+        assert job.poll() is None, "the job ended too soon"
+        time.sleep(0.02)
+
+
+def fragments(out: Path) -> list[Path]:
+    return list((out / "_framecap" / "fragments").glob("*.fragment"))
+
+
+def published(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, tiny_captioner_dir: Path
+) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("recovery")
+    write_shards(root / "in", SHARDS, ROWS)
+    summary = caption(root / "in", root / "out", tiny_captioner_dir, batch_size=4, max_new_tokens=40)
+    assert summary.exit_code == 0
+    return root / "in", root / "out"
+
+
+def assert_same(out: Path, undisturbed: Path) -> None:
+    mine, theirs = read_output(out), read_output(undisturbed)
+    assert list(mine) == list(theirs)
+    for name, table in theirs.items():
+        assert mine[name].equals(table), name
+
+
+def test_killed_driver_and_killed_actor_lose_nothing_and_repeat_nothing(
+    undisturbed: tuple[Path, Path], tmp_path: Path, tiny_captioner_dir: Path
+) -> None:
+    source, out = undisturbed[0], tmp_path / "out"
+    job = start_job(source, out, tiny_captioner_dir)
+    wait_for(lambda: len(published(out)) >= 1 and len(fragments(out)) >= 2, job)
+    job.kill()
+    job.wait()
+    before = published(out)
+
+    job = start_job(source, out, tiny_captioner_dir)
+    wait_for(lambda: len(published(out)) > len(before), job)
+    actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in p.name() + str(p.cmdline())]
+    for actor in actors:
+        actor.kill()
+    assert job.wait(timeout=200) == 0
+    assert actors, "no actor was there to kill"
+
+    assert_same(out, undisturbed[1])
+    assert before.items() <= published(out).items(), "a published shard was written again"
+    assert state_files(out) == []
+    runs = [json.loads(path.read_text()) for path in (out / "_framecap" / "runs").glob("*/summary.json")]
+    captioned = runs[-1]["captioned_rows"]
+    recovered = runs[-1]["recovered_rows"]
+    assert captioned + recovered + ROWS * len(before) == SHARDS * ROWS
+
+
+def test_sigterm_publishes_what_is_finished_and_says_that_work_is_left(
+    undisturbed: tuple[Path, Path], tmp_path: Path, tiny_captioner_dir: Path
+) -> None:
+    source, out = undisturbed[0], tmp_path / "out"
+    job = start_job(source, out, tiny_captioner_dir)
+    wait_for(lambda: len(published(out)) >= 1, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 75
+    summary = json.loads(next((out / "_framecap" / "runs").glob("*/summary.json")).read_text())
+    assert summary["stopped"] == "SIGTERM was received"
+    assert summary["published_shards"] == len(published(out)) < SHARDS
+    assert not (out / "_framecap" / "lock").exists()
+    rest = caption(source, out, tiny_captioner_dir, batch_size=4, max_new_tokens=40)
+    assert (rest.exit_code, rest.shards_done_before) == (0, summary["published_shards"])
+    assert_same(out, undisturbed[1])
+
+
+def test_a_spent_time_budget_ends_the_run_with_75(
+    undisturbed: tuple[Path, Path], tmp_path: Path, tiny_captioner_dir: Path
+) -> None:
+    summary = caption(undisturbed[0], tmp_path / "out", tiny_captioner_dir, time_budget="0.5")
+    assert (summary.exit_code, summary.stopped) == (75, "the time budget is spent")
+    assert not (tmp_path / "out" / "_framecap" / "lock").exists()
+
+
+def test_a_second_run_on_the_same_output_is_refused_and_told_who_holds_it(
+    undisturbed: tuple[Path, Path], tiny_captioner_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from framecap.pipeline.run import main
+
+    source, out = undisturbed
+    flags = ["--input-uri", str(source), "--output-uri", str(out), "--captioner", str(tiny_captioner_dir)]
+    with OutputLock(str(out / "_framecap" / "lock"), "night-run", 60):
+        assert main(flags) == 75
+    assert f"held by run night-run (host {socket.gethostname()}, pid {os.getpid()}" in capfd.readouterr().err
+
+
+def stale_lock(path: Path, **changes: object) -> None:
+    with OutputLock(str(path), "dead", 60):
+        content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"host": "elsewhere", "heartbeat": 1.0}, {"pid": 2**22 + 1}, {"process_start": "before"}],
+    ids=["expired", "its process is gone", "its pid is another process now"],
+)
+def test_the_lock_of_a_dead_run_is_taken_over(tmp_path: Path, changes: dict[str, object]) -> None:
+    stale_lock(tmp_path / "lock", **changes)
+    with OutputLock(str(tmp_path / "lock"), "next", 60):
+        assert json.loads((tmp_path / "lock").read_text())["run_id"] == "next"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_live_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
+    stale_lock(tmp_path / "lock", host="elsewhere", boot="x", heartbeat=time.time())
+    with pytest.raises(LockedError, match="elsewhere"), OutputLock(str(tmp_path / "lock"), "next", 60):
+        pass
+
+
+def test_of_many_rivals_for_a_dead_runs_lock_one_wins(tmp_path: Path) -> None:
+    stale_lock(tmp_path / "lock", heartbeat=1.0)
+    won: list[int] = []
+    done = threading.Barrier(8)
+
+    def rival(number: int) -> None:
+        done.wait()
+        try:
+            with OutputLock(str(tmp_path / "lock"), f"rival-{number}", 60):
+                won.append(number)
+                done.wait(timeout=20)
+        except LockedError:
+            done.wait(timeout=20)
+
+    rivals = [threading.Thread(target=rival, args=(number,)) for number in range(8)]
+    for thread in rivals:
+        thread.start()
+    for thread in rivals:
+        thread.join()
+    assert len(won) == 1
+
+
+def test_a_run_whose_lock_was_taken_away_notices(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with OutputLock(str(path), "slow", 0.4) as lock:
+        path.write_text(json.dumps({"token": "other", "run_id": "thief", "heartbeat": time.time()}))
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            try:
+                lock.check()
+            except LockedError as error:
+                assert "thief" in str(error)
+                return
+    pytest.fail("the loss of the lock went unnoticed")
