@@ -1,0 +1,127 @@
+"""The frames that a report shows: caption rows joined to small pictures of their frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from framecap.errors import ShardError, StorageError
+from framecap.pipeline.listing import list_input, open_shard
+from framecap.report.doubt import doubt, flags
+from framecap.report.thumbnails import thumbnail
+from framecap.schema import InputColumns
+from framecap.storage import read_bytes
+
+SCORES = ("caption_logprob", "caption_min_logprob", "caption_tokens", "caption_similarity")
+_BATCH = 64
+_THREADS = 4
+_LARGEST = 12_000  # characters of one picture, where the page has room for it
+BLOCK = 100  # pictures in one block of the page
+_TEXT = 700  # characters that a frame's words and figures take beside its picture
+
+
+@dataclass
+class Shown:
+    """One frame of the gallery; ``other`` is the same frame in the run it is compared with."""
+
+    shard: str
+    number: int
+    row: dict[str, Any]
+    other: dict[str, Any] | None
+    frame_id: str
+    thumbnail: str | None = None
+
+    @property
+    def doubt(self) -> float:
+        return doubt(self.row, flags(self.row))
+
+
+def to_page(shown: list[Shown], video_id: str) -> Iterator[list[Any]]:
+    """Each frame's values in the order in which the page's script takes them apart.
+
+    A picture is told by the block it stands in and its place there.
+    """
+    order = {id(frame): place for place, frame in enumerate(sorted(shown, key=lambda f: (f.shard, f.number)))}
+    pictures = 0
+    for frame in shown:
+        row, other, video = frame.row, frame.other, frame.row.get(video_id)
+        yield [
+            order[id(frame)],
+            frame.frame_id,
+            frame.shard if video is None else str(video),
+            row.get("timestamp_ms"),
+            row["caption"],
+            row["caption_status"],
+            row["caption_error"],
+            *(_rounded(row[name]) for name in SCORES),
+            flags(row),
+            _rounded(frame.doubt),
+            None if frame.thumbnail is None else divmod(pictures, BLOCK),
+            other and [other["caption"], other["caption_status"], _rounded(other["caption_similarity"])],
+            row.get("caption_candidates"),
+        ]
+        pictures += frame.thumbnail is not None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def add_thumbnails(frames: str, shown: list[Shown], columns: InputColumns, page_bytes: int) -> None:
+    """Give each frame its picture, read from the frame shards at ``frames``; all fit into ``page_bytes``.
+
+    A frame whose shard, row or bytes are not there, or whose id differs, stays without one.
+    """
+    budget = min(_LARGEST, max(600, page_bytes // max(1, len(shown)) - _TEXT))
+    root = list_input(frames).root
+    with ThreadPoolExecutor(_THREADS, "thumbnails") as threads:
+        for shard, group in groupby(shown, key=lambda frame: frame.shard):
+            wanted = {frame.number: frame for frame in group}
+            try:
+                with open_shard(root, shard) as file:
+                    for batch in _images(file, wanted, columns):
+                        for frame, small in threads.map(lambda pair: (pair[0], _small(pair[1], budget)), batch):
+                            frame.thumbnail = small
+            except ShardError:
+                continue  # the gallery shows the captions of a lost shard without pictures
+
+
+def _images(
+    file: pq.ParquetFile, wanted: dict[int, Shown], columns: InputColumns
+) -> Iterator[list[tuple[Shown, bytes | str | None]]]:
+    """(frame, its bytes or URI), a batch at a time; only row groups that hold wanted rows are read."""
+    names = set(file.schema_arrow.names)
+    sources = [name for name in (columns.image, columns.image_uri) if name in names]
+    if columns.frame_id not in names or not sources:
+        raise ShardError("missing_column", f"neither {columns.image!r} nor {columns.image_uri!r}")
+    start = 0
+    for group in range(file.metadata.num_row_groups):
+        stop = start + file.metadata.row_group(group).num_rows
+        if any(start <= number < stop for number in wanted):
+            number = start
+            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[columns.frame_id, *sources]):
+                found = []
+                for place, row_id in enumerate(batch[columns.frame_id]):
+                    frame = wanted.get(number + place)
+                    if frame is not None and str(row_id.as_py()) == frame.frame_id:
+                        values = (batch[name][place].as_py() for name in sources)
+                        found.append((frame, next((value for value in values if value is not None), None)))
+                number += len(batch)
+                yield found
+        start = stop
+
+
+def _small(source: bytes | str | dict[str, Any] | None, budget: int) -> str | None:
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str):
+        try:
+            source = read_bytes(source)
+        except (OSError, StorageError):
+            return None
+    return thumbnail(source, budget) if source else None
