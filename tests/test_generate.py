@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -286,3 +288,25 @@ def test_batches_run_into_each_other_and_are_fetched_only_when_slots_are_free(pr
 
 def test_no_frames_give_no_captions(prefixed: Pair) -> None:
     assert generate(prefixed.decoder, torch.empty(0, 5, 32), None, DecodeOptions()) == []
+
+
+PEAK = """
+import resource, sys, torch
+from framecap.model.generate import DecodeOptions, FrameBatch, generate_stream
+from framecap.model.rugpt import RuGpt
+from framecap.model.rugpt_config import RuGptConfig
+torch.manual_seed(0)
+decoder = RuGpt.from_config(RuGptConfig(500, 64, 128, 2, 4, eos_token_id=None))
+def peak(frames):
+    batches = (FrameBatch(torch.randn(64, 4, 128), None, [0] * 64) for _ in range(frames // 64))
+    done = sum(1 for _ in generate_stream(decoder, batches, DecodeOptions(max_new_tokens=12)))
+    assert done == frames
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak(512), peak(4096))
+"""
+
+
+def test_4096_frames_need_no_more_memory_than_512() -> None:
+    out = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True).stdout
+    few, many = map(int, out.split())
+    assert many - few < 4096  # KiB

@@ -87,7 +87,9 @@ def generate(
         raise BridgeMismatchError("the bridge gave neither a prefix nor a memory; one of them is needed.")
     frames = given.shape[0]
     batch = FrameBatch(prefix, memory, [options.seed] * frames if seeds is None else seeds)
-    found = dict(generate_stream(decoder, [batch], options, max_rows))
+    # Few frames need few slots.
+    rows = min(max_rows or _most_rows(decoder), frames * max(options.num_beams, options.num_return_sequences))
+    found = dict(generate_stream(decoder, [batch], options, max(1, rows)))
     return [found[frame] for frame in range(frames)]
 
 
@@ -117,7 +119,7 @@ def generate_stream(
             number += len(batch.seeds)
             waiting.extend(jobs)
             if loop is None and jobs:
-                loop = _Loop(decoder, options, jobs[0], max_rows or MAX_ROWS.get(decoder.device.type, 64))
+                loop = _Loop(decoder, options, jobs[0], max_rows or _most_rows(decoder))
         if loop is None or (not waiting and not loop.live):
             return
         for job, candidates in loop.turn(waiting):
@@ -211,6 +213,10 @@ class _Loop:
             for gap, mover in zip(gaps, movers, strict=True):
                 self.jobs[gap], self.steps[gap] = self.jobs[mover], self.steps[mover]
         del self.jobs[left:], self.steps[left:]
+
+
+def _most_rows(decoder: RuGpt) -> int:
+    return MAX_ROWS.get(decoder.device.type, MAX_ROWS["cpu"])
 
 
 def _jobs(decoder: RuGpt, batch: FrameBatch, number: int, samples: int) -> list[_Job]:

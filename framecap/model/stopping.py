@@ -52,7 +52,6 @@ class StopRule:
         self.ids = ids
         self.texts = tuple(texts)
         self.tokenizer = tokenizer
-        self._id_tensor = torch.tensor(ids, dtype=torch.long, device=device)
         self._watched = self._watch(vocab_size).to(device) if texts else None
 
     def _watch(self, vocab_size: int) -> Tensor:
@@ -67,7 +66,7 @@ class StopRule:
     def at_stop_token(self, ids: Tensor) -> Tensor:
         """Whether each of ``ids`` (any shape) is a stop token; bool of the same shape."""
         hit = torch.zeros_like(ids, dtype=torch.bool)
-        for index in self._id_tensor:
+        for index in self.ids:
             hit |= ids == index
         return hit
 
