@@ -84,7 +84,8 @@ def show(frames: Iterable[Any] | pa.Table, captions: Iterable[Any] | pa.Table | 
         notes = [_note(row) for row in captions.to_pylist()]
         captions = _column(captions, "caption")
     pictures = [_data_uri(frame, width * 2) for frame in frames]
-    words = [str(getattr(caption, "text", caption) or "") for caption in captions or [""] * len(pictures)]
+    captions = [""] * len(pictures) if captions is None else captions
+    words = [str(getattr(caption, "text", caption) or "") for caption in captions]
     if len(words) != len(pictures):
         raise SettingsError(f"{len(pictures)} frames and {len(words)} captions; give one caption per frame")
     return Grid(tuple(pictures), tuple(words), tuple(notes or [""] * len(words)), width)

@@ -38,7 +38,7 @@ def test_all_rows_come_in_shard_order_without_the_state(data: Dataset) -> None:
 def test_columns_and_filter_leave_only_what_is_asked_for(data: Dataset) -> None:
     table = read_captions(str(data.captions), columns=["frame_id"], filter=pc.field("caption_status") == "truncated")
     assert table.column_names == ["frame_id"]
-    assert table.num_rows == 3
+    assert table.num_rows == read_captions(str(data.captions))["caption_status"].to_pylist().count("truncated") > 0
 
 
 def test_pandas_and_polars_are_one_call_away(data: Dataset) -> None:
@@ -95,9 +95,7 @@ def run_notebook(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> str:
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": NOTEBOOK.parent}}
     )
     client.execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert not [output for output in outputs if output.get("name") == "stderr"]
-    return str(outputs)
+    return str([output for cell in notebook.cells for output in cell.get("outputs", [])])
 
 
 @pytest.fixture
@@ -114,6 +112,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_example_notebook_runs_from_top_to_bottom(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FRAMECAP_CAPTIONER", raising=False)
     text = run_notebook(data, monkeypatch)
+    assert "stderr" not in text
     assert "importance" in text
     assert "красный круг на траве" in text
     assert text.count("data:image/webp") == 24
