@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import io
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
+from framecap.pipeline.job import Job, Resources
+from framecap.pipeline.plan import Chunk
+from framecap.pipeline.read import read_units
+from framecap.pipeline.records import ChunkRecord
 from framecap.pipeline.run import run
 from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.stages import CaptionActor
+from framecap.pipeline.stops import Stops
 from framecap.pipeline.summary import Summary
 
 
@@ -51,9 +60,30 @@ def write_shards(folder: Path, shards: int, rows: int, row_group_size: int = 16)
 def caption(source: Path | str, out: Path | str, captioner: Path | str, **settings: Any) -> Summary:
     """Run the job in this process, with small batches and short captions unless told otherwise."""
     values = {"batch_size": 8, "max_new_tokens": 4, "similarity": True, "max_actors": 1, **settings}
-    return run(
-        CaptionSettings(input_uri=str(source), output_uri=str(out), captioner=str(captioner), **values)
-    )
+    return run(CaptionSettings(input_uri=str(source), output_uri=str(out), captioner=str(captioner), **values))
+
+
+def start_nothing(settings: CaptionSettings) -> Resources:
+    """What ``start_ray`` would say of a single core, without starting Ray."""
+    return Resources(0, 1, 0.25, actors=1, min_actors=1, batch_size=settings.batch_size or 8)
+
+
+def caption_in_process(
+    job: Job, units: list[tuple[Chunk, ...]], resources: Resources, stops: Stops
+) -> Iterator[ChunkRecord]:
+    """The real stages one after the other in this process: for tests that are not about distribution."""
+    actor = CaptionActor(job.actor_options())
+    for unit in units:
+        for chunk in read_units(pa.table({"unit": [pickle.dumps(unit)]}), job.read_options()):
+            stops.check()
+            yield pickle.loads(actor(chunk).column("record")[0].as_py())
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test go through ``caption_in_process``: milliseconds instead of an actor's start."""
+    monkeypatch.setattr("framecap.pipeline.caption.start_ray", start_nothing)
+    monkeypatch.setattr("framecap.pipeline.caption.caption_units", caption_in_process)
 
 
 def read_output(out: Path) -> dict[str, pa.Table]:
@@ -66,7 +96,5 @@ def state_files(out: Path) -> list[str]:
     """What lies under OUT beside caption shards, ledger and summaries."""
     left = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     return [
-        name
-        for name in left
-        if not name.endswith((".parquet", "/summary.json")) and name != "_framecap/ledger.jsonl"
+        name for name in left if not name.endswith((".parquet", "/summary.json")) and name != "_framecap/ledger.jsonl"
     ]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from shards import caption, jpeg, read_output, shard_table
+from shards import caption, jpeg, read_output, shard_table, without_ray
 
 from framecap.errors import SettingsError
 from framecap.model.captioner import Caption
@@ -23,6 +23,7 @@ from framecap.pipeline.run import main
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.stages import CaptionActor
 
+__all__ = ["without_ray"]  # a fixture
 FRAMES = 60
 BAD_ROWS = {5: "not_an_image", 17: "missing", 23: "empty", 31: "too_large", 44: "truncated"}
 BAD_SHARDS = {
@@ -116,7 +117,7 @@ def test_an_empty_shard_gives_an_empty_output(planted: tuple[Path, dict[str, obj
     assert len(read_output(planted[0])["zero.parquet"]) == 0
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("without_ray")
 def test_only_failed_rows_are_taken_up_again_on_request(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     (tmp_path / "in").mkdir()
     uris = [f"frame-{row}.jpg" for row in range(20)]
@@ -139,7 +140,7 @@ def test_only_failed_rows_are_taken_up_again_on_request(tmp_path: Path, tiny_cap
     assert after.take(kept).equals(before.take(kept))
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("without_ray")
 def test_a_run_that_fails_as_a_whole_stops(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     (tmp_path / "in").mkdir()
     table = pa.table({"frame_id": range(2000), "image": [f"not {i}".encode() for i in range(2000)]})
@@ -197,6 +198,10 @@ def test_a_frame_that_breaks_its_batch_is_found_and_becomes_an_error_row(actor: 
     assert captions[11].error.startswith("model: ValueError: this frame is poison")
 
 
+UNREACHABLE = """{"endpoint_url": "http://127.0.0.1:9", "key": "a", "secret": "b",
+ "config_kwargs": {"retries": {"max_attempts": 0}}}"""
+
+
 def settings_mistakes(root: Path, captioner: Path) -> dict[str, list[str]]:
     """One command line per mistake; each must end with exit code 2 and write nothing."""
     good = ["--input-uri", f"{root}/in", "--output-uri", f"{root}/out", "--captioner", str(captioner)]
@@ -211,8 +216,7 @@ def settings_mistakes(root: Path, captioner: Path) -> dict[str, list[str]]:
         "unwritable output": [*good[:3], f"{root}/file/out", *good[4:]],
         "unreachable endpoint": [
             "--input-uri", "s3://bucket/in", *good[2:], "--storage-options",
-            '{"endpoint_url": "http://127.0.0.1:9", "key": "a", "secret": "b",'
-            ' "config_kwargs": {"retries": {"max_attempts": 0}}}',
+            UNREACHABLE,
         ],
         "damaged captioner": [*good[:5], str(damaged)],
         "missing captioner": [*good[:5], f"{root}/nothing"],

@@ -9,18 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards import caption, jpeg, read_output, shard_table, state_files, write_shards
+from shards import caption, jpeg, read_output, shard_table, state_files, without_ray, write_shards
 
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.pipeline.plan import Piece, ShardPlan, make_chunks, make_units, subtract
 from framecap.schema import META_FINGERPRINT, META_SIGNATURE, META_SOURCE, META_VERSION
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+__all__ = ["without_ray"]  # a fixture
+
+here = pytest.mark.usefixtures("without_ray")
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_captioner_dir: Path) -> tuple[Path, Path]:
+def dataset(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, tiny_captioner_dir: Path) -> tuple[Path, Path]:
     """Four shards of 20 frames, captioned once; tests that change things copy or add their own."""
     root = tmp_path_factory.mktemp("dataset")
     write_shards(root / "in", 4, 20)
@@ -38,9 +40,7 @@ def test_every_frame_comes_out_once_in_order_with_its_own_columns(dataset: tuple
         assert table.select(given.column_names).equals(given)
 
 
-def test_captions_are_those_of_the_captioner_itself(
-    dataset: tuple[Path, Path], tiny_captioner_dir: Path
-) -> None:
+def test_captions_are_those_of_the_captioner_itself(dataset: tuple[Path, Path], tiny_captioner_dir: Path) -> None:
     source, out = dataset
     name = "s000.parquet"
     frames = pq.read_table(source / name).column("image").to_pylist()
@@ -50,9 +50,7 @@ def test_captions_are_those_of_the_captioner_itself(
     assert table.column("caption_status").to_pylist() == [c.status for c in expected]
     assert table.column("caption_tokens").to_pylist() == [c.tokens for c in expected]
     np.testing.assert_allclose(table.column("caption_logprob"), [c.logprob for c in expected], rtol=1e-4)
-    np.testing.assert_allclose(
-        table.column("caption_similarity"), [c.similarity for c in expected], atol=1e-5
-    )
+    np.testing.assert_allclose(table.column("caption_similarity"), [c.similarity for c in expected], atol=1e-5)
 
 
 def test_file_metadata_says_where_a_caption_shard_comes_from(dataset: tuple[Path, Path]) -> None:
@@ -67,9 +65,7 @@ def test_nothing_is_left_behind_but_ledger_and_summaries(dataset: tuple[Path, Pa
     assert state_files(dataset[1]) == []
 
 
-def test_a_second_run_does_nothing_and_starts_no_actor(
-    dataset: tuple[Path, Path], tiny_captioner_dir: Path
-) -> None:
+def test_a_second_run_does_nothing_and_starts_no_actor(dataset: tuple[Path, Path], tiny_captioner_dir: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in dataset[1].rglob("*.parquet")}
     begun = time.monotonic()
     summary = caption(*dataset, tiny_captioner_dir)
@@ -78,24 +74,19 @@ def test_a_second_run_does_nothing_and_starts_no_actor(
     assert before == {path: path.stat().st_mtime_ns for path in dataset[1].rglob("*.parquet")}
 
 
-def test_a_lost_ledger_costs_footers_and_no_captions(
-    dataset: tuple[Path, Path], tiny_captioner_dir: Path
-) -> None:
+def test_a_lost_ledger_costs_footers_and_no_captions(dataset: tuple[Path, Path], tiny_captioner_dir: Path) -> None:
     (dataset[1] / "_framecap" / "ledger.jsonl").unlink()
     summary = caption(*dataset, tiny_captioner_dir)
     assert (summary.captioned_rows, summary.shards_done_before) == (0, 4)
 
 
-def test_another_decode_option_makes_all_shards_stale(
-    dataset: tuple[Path, Path], tiny_captioner_dir: Path
-) -> None:
+def test_another_decode_option_makes_all_shards_stale(dataset: tuple[Path, Path], tiny_captioner_dir: Path) -> None:
     summary = caption(*dataset, tiny_captioner_dir, num_beams=2, dry_run=True)
     assert summary.shards_by_reason == {"stale": 4}
 
 
-def test_exactly_the_replaced_added_and_removed_shards_are_acted_upon(
-    tmp_path: Path, tiny_captioner_dir: Path
-) -> None:
+@here
+def test_exactly_the_replaced_added_and_removed_shards_are_acted_upon(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     write_shards(source, 4, 6)
     caption(source, out, tiny_captioner_dir)
@@ -111,9 +102,8 @@ def test_exactly_the_replaced_added_and_removed_shards_are_acted_upon(
     assert (out / "s000.parquet").stat().st_mtime_ns == kept
 
 
-def test_a_dry_run_writes_nothing(
-    tmp_path: Path, tiny_captioner_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@here
+def test_a_dry_run_writes_nothing(tmp_path: Path, tiny_captioner_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "in", 2, 3)
     summary = caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, dry_run=True)
     assert summary.exit_code == 0
@@ -123,15 +113,15 @@ def test_a_dry_run_writes_nothing(
     assert "estimate: 6 frames" in printed
 
 
+@here
 def test_limit_takes_the_first_shards_and_leaves_the_rest(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     names = write_shards(tmp_path / "in", 3, 3)
     caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, limit=1)
     assert list(read_output(tmp_path / "out")) == names[:1]
 
 
-def test_an_empty_shard_gives_an_empty_output_without_any_actor(
-    tmp_path: Path, tiny_captioner_dir: Path
-) -> None:
+@here
+def test_an_empty_shard_gives_an_empty_output_without_any_actor(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(shard_table("none", 0), tmp_path / "in" / "none.parquet")
     summary = caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
@@ -141,6 +131,7 @@ def test_an_empty_shard_gives_an_empty_output_without_any_actor(
     assert "caption" in table.column_names
 
 
+@here
 def test_identical_frames_are_captioned_once_and_say_so(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     (tmp_path / "in").mkdir()
     images = [jpeg(1), jpeg(2), jpeg(1), jpeg(2), jpeg(3)]
@@ -154,9 +145,8 @@ def test_identical_frames_are_captioned_once_and_say_so(tmp_path: Path, tiny_cap
     assert captions[0] == captions[2]
 
 
-def test_near_frames_of_one_video_share_a_caption_only_on_request(
-    tmp_path: Path, tiny_captioner_dir: Path
-) -> None:
+@here
+def test_near_frames_of_one_video_share_a_caption_only_on_request(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     (tmp_path / "in").mkdir()
     table = pa.table(
         {
@@ -172,6 +162,7 @@ def test_near_frames_of_one_video_share_a_caption_only_on_request(
     assert rows.column("caption_similarity").null_count == 0
 
 
+@here
 def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     write_shards(tmp_path / "in", 1, 12)
     outputs = []
@@ -181,6 +172,7 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path, tiny_captioner_
     assert outputs[0].equals(outputs[1])
 
 
+@here
 def test_candidates_and_embeddings_become_columns(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     write_shards(tmp_path / "in", 1, 4)
     options = {"num_beams": 3, "num_return_sequences": 3, "image_embedding": True}
@@ -191,6 +183,7 @@ def test_candidates_and_embeddings_become_columns(tmp_path: Path, tiny_captioner
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=2e-3)
 
 
+@here
 @pytest.mark.parametrize(
     ("keep", "columns"),
     [(("none",), ["frame_id"]), (("timestamp_ms",), ["frame_id", "timestamp_ms"])],

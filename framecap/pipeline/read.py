@@ -206,7 +206,9 @@ class _ChunkBuilder:
         identities = batch.column(columns.frame_id).to_pylist()
         videos = self._options.video_column
         frames.videos += (
-            [str(v) for v in batch.column(videos).to_pylist()] if videos in batch.schema.names else [None] * len(batch)
+            [None if v is None else str(v) for v in batch.column(videos).to_pylist()]
+            if videos in batch.schema.names
+            else [None] * len(batch)
         )
         for position, data in enumerate(self._encoded(batch, shard)):
             row = len(frames.slots)

@@ -93,20 +93,24 @@ class CaptionActor:
                 first_row.setdefault(slot, row)
         made: dict[int, Caption] = {}
         marks: dict[int, str] = {}
-        if self._options.share_identical:
+        if self._options.share_identical and self._options.reuse_similarity is None:
             for slot in first_row:
                 if (known := self._remembered.get(frames.digests[slot])) is not None:
                     made[slot], marks[slot] = known, REUSED_IDENTICAL
                     self._remembered.move_to_end(frames.digests[slot])
-        leaders = self._leaders(frames, pixels, first_row) if self._options.reuse_similarity else {}
-        ask = [slot for slot in first_row if slot not in made and slot not in leaders]
+        threshold, followers = self._options.reuse_similarity, {}
+        if threshold is not None:
+            embeddings = self.embed(pixels)
+            followers = similar_frames(frames, first_row, embeddings, threshold)
+        ask = [slot for slot in first_row if slot not in made and slot not in followers]
         seeds = [frames.seeds[first_row[slot]] for slot in ask]
         answers = self.caption_rows(pixels[ask], seeds) if ask else []
         made.update(zip(ask, answers, strict=True))
         self._remember(frames, ask, answers)
-        for slot, (leader, similarity) in leaders.items():
-            if slot not in made:
-                made[slot], marks[slot] = replace(made[leader], similarity=similarity), REUSED_SIMILAR
+        if followers:
+            shared = self._shared(followers, made, embeddings)
+            made.update(shared)
+            marks.update(dict.fromkeys(shared, REUSED_SIMILAR))
         captions = [
             made[slot] if slot >= 0 else Caption("", status="error", error=frames.errors[row])
             for row, slot in enumerate(frames.slots)
@@ -117,33 +121,29 @@ class CaptionActor:
         ]
         return captions, reused
 
+    def _shared(
+        self, followers: dict[int, int], made: dict[int, Caption], embeddings: np.ndarray
+    ) -> dict[int, Caption]:
+        """The caption of each follower's leader, with the follower's own similarity to it."""
+        slots = list(followers)
+        captions = [made[followers[slot]] for slot in slots]
+        if not (self._options.similarity and self._captioner.encoder.has_text):
+            return dict(zip(slots, captions, strict=True))
+        texts = self._captioner.embed_texts([caption.text for caption in captions])
+        cosines = (embeddings[slots] * texts).sum(axis=1).tolist()
+        return {
+            slot: replace(caption, similarity=cosine) if caption.status != "error" else caption
+            for slot, caption, cosine in zip(slots, captions, cosines, strict=True)
+        }
+
     def _remember(self, frames: ChunkFrames, slots: list[int], captions: Sequence[Caption]) -> None:
-        if not self._options.share_identical or self._options.reuse_similarity:
+        if not self._options.share_identical or self._options.reuse_similarity is not None:
             return
         for slot, caption in zip(slots, captions, strict=True):
             if caption.status != "error":
                 self._remembered[frames.digests[slot]] = caption
         while len(self._remembered) > _REMEMBERED:
             self._remembered.popitem(last=False)
-
-    def _leaders(
-        self, frames: ChunkFrames, pixels: Pixels, first_row: dict[int, int]
-    ) -> dict[int, tuple[int, float | None]]:
-        """slot → (slot whose caption it shares, None): the last captioned frame of its video, if near enough."""
-        embeddings = self.embed(pixels)
-        followers: dict[int, tuple[int, float | None]] = {}
-        last: dict[str, int] = {}
-        for slot, row in sorted(first_row.items(), key=lambda item: item[1]):
-            video = frames.videos[row] if frames.videos else None
-            if video is None:
-                continue
-            leader = last.get(video)
-            near = leader is not None and float(embeddings[slot] @ embeddings[leader])
-            if leader is not None and near >= (self._options.reuse_similarity or 1.0):
-                followers[slot] = (leader, None)
-            else:
-                last[video] = slot
-        return followers
 
     def embed(self, pixels: Pixels) -> np.ndarray:
         """uint8 [N, R, R, 3] → float32 [N, D], L2-normalised."""
@@ -185,6 +185,27 @@ class CaptionActor:
                 torch.cuda.empty_cache()
             self._rows = max(1, min(self._rows, middle))
         return self._attempt(pixels[:middle], seeds[:middle]) + self._attempt(pixels[middle:], seeds[middle:])
+
+
+def similar_frames(
+    frames: ChunkFrames, first_row: dict[int, int], embeddings: np.ndarray, threshold: float
+) -> dict[int, int]:
+    """slot → the slot whose caption it may share: the last frame of its video that gets one of its own.
+
+    ``first_row``: slot → row; ``embeddings``: float32 [slots, D], L2-normalised.
+    """
+    followers: dict[int, int] = {}
+    leaders: dict[str, int] = {}
+    for slot, row in sorted(first_row.items(), key=lambda item: item[1]):
+        video = frames.videos[row]
+        if video is None:
+            continue
+        leader = leaders.get(video)
+        if leader is not None and float(embeddings[slot] @ embeddings[leader]) >= threshold:
+            followers[slot] = leader
+        else:
+            leaders[video] = slot
+    return followers
 
 
 def _is_out_of_memory(error: Exception) -> bool:
