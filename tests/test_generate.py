@@ -298,7 +298,7 @@ from framecap.model.rugpt_config import RuGptConfig
 torch.manual_seed(0)
 decoder = RuGpt.from_config(RuGptConfig(500, 64, 128, 2, 4, eos_token_id=None))
 def peak(frames):
-    batches = (FrameBatch(torch.randn(64, 4, 128), None, [0] * 64) for _ in range(frames // 64))
+    batches = (FrameBatch(torch.randn(128, 4, 128), None, [0] * 128) for _ in range(frames // 128))
     done = sum(1 for _ in generate_stream(decoder, batches, DecodeOptions(max_new_tokens=12)))
     assert done == frames
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

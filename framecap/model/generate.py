@@ -25,7 +25,7 @@ from framecap.model.stopping import Candidate, StopRule
 
 __all__ = ["Candidate", "DecodeOptions", "FrameBatch", "generate", "generate_stream"]
 
-MAX_ROWS = {"cpu": 64, "cuda": 1024}
+MAX_ROWS = {"cpu": 128, "cuda": 1024}
 # Frames are let in together once this share of the slots is free: the prefix pass reads all weights once.
 REFILL_SHARE = 0.25
 
