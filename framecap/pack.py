@@ -211,8 +211,10 @@ def _image_row(source: Source) -> Row:
             picture.draft("RGB", (8, 8))  # a JPEG is decoded at an eighth: enough to see that it is whole
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        kind = "empty" if not data else "not_an_image" if isinstance(error, UnidentifiedImageError) else "truncated"
-        raise FrameError(kind, f"the image cannot be read: {error}") from error
+        if isinstance(error, UnidentifiedImageError):
+            kind, message = ("not_an_image", "no image format is recognised") if data else ("empty", "zero bytes")
+            raise FrameError(kind, message) from error
+        raise FrameError("truncated", f"the image cannot be read to its end: {error}") from error
     return _row(source.name, source.video_id, source.position, None, size, data)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -147,6 +148,22 @@ def test_a_video_cut_short_gives_its_whole_frames_and_is_listed(tmp_path: Path) 
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     result = pack.pack([str(clip)], str(tmp_path / "out"), pack.PackOptions(Selection("every", 1)))
     assert 2 <= result.frames < 10
+
+
+def test_a_video_filmed_upright_is_packed_upright(tmp_path: Path) -> None:
+    clip = encode(tmp_path / "clip.mp4", [200] * 5)
+    data = clip.read_bytes()
+    track = data.index(b"tkhd")
+    identity, clockwise = (struct.pack(">4i", *values) for values in ((1 << 16, 0, 0, 0), (0, 1 << 16, 0, -1 << 16)))
+    matrix = data.index(identity, track)
+    # The matrix is a b u c d v x y w; a quarter turn clockwise has b = 1, c = -1.
+    clip.write_bytes(data[:matrix] + clockwise + struct.pack(">i", 0) + data[matrix + 20 :])
+    pack.pack([str(clip)], str(tmp_path / "out"))
+    row = rows(tmp_path / "out").to_pylist()[0]
+    assert (row["width"], row["height"]) == (64, 96)
+    pixels = np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")).astype(int)
+    assert pixels[12, 52, 0] < 100  # the square of the top left corner is now at the top right
+    assert pixels[12, 12, 0] > 150
 
 
 def test_two_sources_of_one_name_are_refused(pictures: Path, tmp_path: Path) -> None:
