@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=MAX_LENGTH, metavar="N", help="longest caption (default: %(default)s)")
     add("--pictures", metavar="DIR", help="pictures to make JPEG frames of (default: drawn ones)")
     add("--no-static-cache", action="store_true", help="leave out transformers.generate with a static cache")
-    add("--repeats", type=int, default=3, metavar="N", help="timed rounds after one to warm up (default: %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds; the medians count (default: %(default)s)")
     add("--threads", type=int, default=1, metavar="N", help="torch threads on the CPU (default: %(default)s)")
     add("--clock", default="wall", choices=CLOCKS, help="cpu: CPU seconds, for a machine in use (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
@@ -81,18 +81,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     stages = chosen_stages(arguments.stages)
     torch.set_num_threads(arguments.threads)
     options = bench_options(arguments)
-    ceilings = measure_ceilings(options.device, options.dtype)
+    watch = Stopwatch(arguments.repeats, arguments.clock, options.device)
+    ceilings = measure_ceilings(watch, options.dtype)
     where = machine(options.device)
     print(f"{where['device']}, {options.dtype}, {arguments.threads} CPU thread(s), {where['date']}")
     print(f"ceilings: {ceilings.operations / 1e9:,.0f} GFLOP/s, {ceilings.bytes / 1e9:,.0f} GB/s\n")
     shape = CaptionerShape(arguments.encoder, arguments.decoder, arguments.bridge)
     captioner = arguments.captioner and Captioner.from_pretrained(arguments.captioner, options.device, options.dtype)
-    watch = Stopwatch(arguments.repeats, arguments.clock, options.device)
     bench = Bench(captioner or shape, options, watch, ceilings)
     rows: list[Row] = []
     for stage in stages:
         print(f"{stage} …", file=sys.stderr, flush=True)
-        rows += STAGES[stage](bench) if stage in STAGES else job_rows(bench)
+        rows += STAGES[stage](bench) if stage in STAGES else job_rows(bench, arguments.captioner)
     print(format_table(rows))
     unit = "GPU" if options.device.type == "cuda" else f"{arguments.threads} CPU thread(s)"
     print(f"\n{format_sizing(sizing(rows), unit)}")
@@ -142,11 +142,11 @@ def bench_options(arguments: argparse.Namespace) -> BenchOptions:
     )
 
 
-def job_rows(bench: Bench) -> list[Row]:
+def job_rows(bench: Bench, captioner: str | None) -> list[Row]:
     """The whole job; the one stage that needs Ray, pyarrow and pydantic."""
     from framecap.bench.whole_job import job_stage
 
-    return job_stage(bench)
+    return job_stage(bench, captioner)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def make_frames(count: int, size: tuple[int, int], folder: str | None = None, se
 def _pictures(folder: str) -> list[Path]:
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not paths:
-        raise SettingsError(f"--frames {folder} holds no pictures ({', '.join(_SUFFIXES)}).")
+        raise SettingsError(f"--pictures {folder} holds no pictures ({', '.join(_SUFFIXES)}).")
     return paths
 
 

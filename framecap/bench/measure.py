@@ -74,25 +74,26 @@ class Stopwatch:
     device: torch.device
 
     def compare(self, stage: str, contestants: Sequence[Contestant], ceilings: Ceilings | None = None) -> list[Row]:
-        """Run all once to warm up, then ``repeats`` rounds, each round from another contestant on."""
+        """``repeats`` rounds, each from another contestant on; on a GPU all run once before, to warm up."""
         logs = [_Log() for _ in contestants]
-        for contestant, log in zip(contestants, logs, strict=True):
-            _reset_peak(self.device)
-            log.result = contestant.run()
-            log.peak = _peak_mib(self.device)
+        if self.device.type == "cuda":
+            for contestant in contestants:
+                contestant.run()
         for turn in range(self.repeats):
             for place in range(len(contestants)):
                 index = (place + turn) % len(contestants)
-                logs[index].seconds.append(self._time(contestants[index].run))
+                self._time(contestants[index].run, logs[index])
         return [_row(stage, contestants, logs, index, ceilings) for index in range(len(contestants))]
 
-    def _time(self, run: Callable[[], Any]) -> float:
+    def _time(self, run: Callable[[], Any], log: _Log) -> None:
         now = CLOCKS[self.clock]
+        _reset_peak(self.device)
         self._wait()
         start = now()
-        run()
+        log.result = run()
         self._wait()
-        return now() - start
+        log.seconds.append(now() - start)
+        log.peak = max(log.peak or 0.0, _peak_mib(self.device) or 0.0) or None
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -111,25 +112,24 @@ class Ceilings:
         return max(work.operations / self.operations, work.bytes / self.bytes)
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
-    """Best of several matrix products and copies, within about ``seconds`` each."""
+def measure_ceilings(watch: Stopwatch, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
+    """Best of several matrix products and copies, within about ``seconds`` each, on the stopwatch's clock."""
+    device = watch.device
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    operations = 2 * side**3 / _fastest(lambda: torch.mm(left, right, out=out), device, seconds)
+    operations = 2 * side**3 / _fastest(watch, lambda: torch.mm(left, right, out=out), seconds)
     block = torch.zeros(2**28 if device.type == "cuda" else 2**25, device=device)  # larger than the caches
     target = torch.empty_like(block)
-    moved = 2 * block.nbytes / _fastest(lambda: target.copy_(block), device, seconds)
+    moved = 2 * block.nbytes / _fastest(watch, lambda: target.copy_(block), seconds)
     return Ceilings(operations, moved)
 
 
-def _fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    stopwatch = Stopwatch(1, "wall", device)
-    run()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        best = min(best, stopwatch._time(run))
-    return best
+def _fastest(watch: Stopwatch, run: Callable[[], object], seconds: float) -> float:
+    log, until = _Log(), time.perf_counter() + seconds
+    while len(log.seconds) < 3 or time.perf_counter() < until:
+        watch._time(run, log)
+    return min(log.seconds)
 
 
 def _row(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from framecap.errors import SettingsError
+from framecap.model.bpe import GptTokenizer
 from framecap.model.bridge import BridgeConfig, build_bridge
 from framecap.model.captioner import Captioner
 from framecap.model.captioner_config import CaptionerConfig
@@ -71,7 +72,7 @@ def random_captioner(
     shape: CaptionerShape, sample: Tensor, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> Captioner:
     """Build a captioner; ``sample`` uint8 [N, R, R, 3] holds a few frames by which the bridge is scaled, since
-    a random encoder gives almost the same features for all frames. No text tower, no tokenizer."""
+    a random encoder gives almost the same features for all frames. No text tower."""
     torch.manual_seed(seed)
     encoder = RuClip.from_config(ENCODERS[shape.encoder]).eval().requires_grad_(False)
     decoder = random_decoder(DECODERS[shape.decoder], shape.prefix_length, seed)
@@ -97,7 +98,7 @@ def draw_lengths(count: int, seed: int = 0, limit: int = MAX_LENGTH) -> Tensor:
 def random_decoder(config: RuGptConfig, prefix_length: int, seed: int = 0) -> RuGpt:
     """A decoder whose greedy captions have the lengths of ``draw_lengths``; frozen, on the CPU, float32."""
     torch.manual_seed(seed)
-    model = RuGpt.from_config(config).requires_grad_(False)
+    model = RuGpt.from_config(config, _tokenizer(config)).requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("c_proj.weight"):
             parameter.mul_(0.1)
@@ -120,6 +121,13 @@ def random_decoder(config: RuGptConfig, prefix_length: int, seed: int = 0) -> Ru
     model.wpe.weight[:, _CLOCK] = ticks.clamp(0, MAX_LENGTH + 1) * (_TICK / _EOS)
     model.ln_f.weight.fill_(_SHARPNESS * _EMBEDDING / own)
     return model
+
+
+def _tokenizer(config: RuGptConfig) -> GptTokenizer:
+    """A vocabulary of made-up words, so that captions have a text."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = [*special.values(), *(f"t{index}" for index in range(len(special), config.vocab_size))]
+    return GptTokenizer.from_vocabulary({word: index for index, word in enumerate(words)}, [], special)
 
 
 def random_prefixes(decoder: RuGpt, count: int, prefix_length: int, seed: int = 0) -> Tensor:

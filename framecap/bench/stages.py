@@ -22,7 +22,6 @@ from framecap.model.generate import FrameBatch, generate, generate_stream
 from framecap.model.images import Decode, crop_and_resize, normalise
 from framecap.model.ruclip import ImageFeatures
 
-
 DECODES: tuple[Decode, Decode] = ("exact", "fast")
 
 
@@ -54,6 +53,7 @@ class Bench:
         self, captioner: Captioner | CaptionerShape, options: BenchOptions, watch: Stopwatch, ceilings: Ceilings
     ) -> None:
         self.options, self.watch, self.ceilings = options, watch, ceilings
+        self.random = isinstance(captioner, CaptionerShape)
         if isinstance(captioner, CaptionerShape):
             resolution = ENCODERS[captioner.encoder].image_resolution
             sample = [crop_and_resize(frame, resolution) for frame in self.jpegs("720p", 8)]
@@ -78,11 +78,11 @@ class Bench:
     def prefixes(self) -> Tensor:
         """One prefix a frame: from the bridge for real weights, drawn for random ones."""
         count = self.options.frames
-        if self.decoder.has_tokenizer:
-            frames = self.jpegs("720p", count)
-            pixels = np.stack([crop_and_resize(frame, self.captioner.resolution) for frame in frames])
-            return self.bridge(self.captioner.features(pixels))
-        return random_prefixes(self.decoder, count, self.captioner.config.bridge.prefix_length, self.options.seed)
+        if self.random:
+            length = self.captioner.config.bridge.prefix_length
+            return random_prefixes(self.decoder, count, length, self.options.seed)
+        pixels = np.stack(_crop(self, self.jpegs("720p", count), "exact"))
+        return self.bridge(self.captioner.features(pixels))
 
     @torch.inference_mode()
     def bridge(self, features: ImageFeatures) -> Tensor:
@@ -220,26 +220,25 @@ def captioner_stage(bench: Bench) -> list[Row]:
         pooled = peers.clip_features(bench.clip, values.to(options.device), batch)
         return bench.bridge(ImageFeatures(pooled, pooled[:, None]))
 
-    def ours() -> list[int]:
+    def ours() -> list[str]:
         pixels = np.stack(_crop(bench, frames, "exact"))
-        return [caption.tokens for caption in bench.captioner.caption_pixels(pixels, greedy, similarity=False)]
+        return [caption.text for caption in bench.captioner.caption_pixels(pixels, greedy, similarity=False)]
 
-    def theirs() -> list[list[int]]:
-        return peers.transformers_generate(bench.gpt2, prefixes(frames, options.batch), options.batch, 1, limit)
+    def theirs() -> list[str]:
+        tokens = peers.transformers_generate(bench.gpt2, prefixes(frames, options.batch), options.batch, 1, limit)
+        return [bench.decoder.tokenizer.decode(ids) for ids in tokens]
 
-    def script() -> list[list[int]]:
+    def script() -> list[str]:
         found = []
         for place in few:
-            found += peers.clipcap_generate(bench.gpt2, prefixes(frames[place : place + 1], 1), limit)
+            [ids] = peers.clipcap_generate(bench.gpt2, prefixes(frames[place : place + 1], 1), limit)
+            found.append(bench.decoder.tokenizer.decode(ids))
         return found
-
-    def lengths(found: list[list[int]]) -> list[int]:
-        return [len(tokens) for tokens in found]
 
     contestants = [
         Contestant("framecap", count, ours, False, result=list),
-        Contestant("Pillow + transformers CLIP + generate", count, theirs, result=lengths),
-        Contestant("ClipCap's script", len(few), script, result=lengths, subset=few),
+        Contestant("Pillow + transformers CLIP + generate", count, theirs, result=list),
+        Contestant("ClipCap's script", len(few), script, result=list, subset=few),
     ]
     return bench.watch.compare(f"captioner, batch {options.batch}", contestants)
 

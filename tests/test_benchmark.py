@@ -1,0 +1,207 @@
+"""The benchmark's contestants do the same work, and its report says what was measured. No timings asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from framecap.bench import peers
+from framecap.bench.frames import make_frames
+from framecap.bench.measure import Contestant, Row, Stopwatch
+from framecap.bench.random_captioner import (
+    DECODERS,
+    ENCODERS,
+    MAX_LENGTH,
+    MEAN_LENGTH,
+    draw_lengths,
+    random_decoder,
+    random_prefixes,
+)
+from framecap.bench.roofline import encode_work, generate_work
+from framecap.bench.table import format_sizing, format_table, sizing
+from framecap.model.decode_options import DecodeOptions
+from framecap.model.generate import generate
+
+PROGRAM = Path(__file__).parent.parent / "jobs" / "benchmark.py"
+TINY = ["--encoder", "tiny", "--decoder", "tiny", "--frames", "6", "--batches", "2,4", "--beam-frames", "2"]
+FEW = [*TINY, "--slow-frames", "2", "--memory-frames", "8", "--repeats", "1", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_program", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def report(program: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("benchmark") / "report.json"
+    stages = "decode,encode,generate,captioner,memory"
+    assert program.main([*FEW, "--stages", stages, "--clock", "cpu", "--json", str(file)]) == 0
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def test_every_stage_is_measured_with_its_peers(report: dict[str, Any]) -> None:
+    stages = {row["stage"] for row in report["rows"]}
+    assert stages == {
+        "decode exact 720p", "decode fast 720p", "decode exact 1080p", "decode fast 1080p", "encode, batch 4",
+        "generate greedy, batch 2", "generate greedy, batch 4", "generate beam 5, batch 4", "captioner, batch 4",
+        "memory of generation",
+    }  # fmt: skip
+    with_peers = {row["stage"] for row in report["rows"] if row["peer"]}
+    assert stages - with_peers == {"memory of generation"}
+
+
+def test_all_contestants_give_the_same_pixels_and_tokens(report: dict[str, Any]) -> None:
+    shares = {row["agreement"] for row in report["rows"] if row["agreement"] is not None}
+    assert shares == {1.0}
+    names = {row["contestant"] for row in report["rows"] if row["agreement"] is not None and row["peer"]}
+    assert names == {
+        "Pillow + torch (ruCLIP's), to float32",
+        "transformers.generate, dynamic cache",
+        "transformers.generate, static cache",
+        "ClipCap's loop",
+        "Pillow + transformers CLIP + generate",
+        "ClipCap's script",
+    }
+
+
+def test_the_report_keeps_every_round_and_sizes_a_cluster(report: dict[str, Any]) -> None:
+    assert all(len(row["seconds"]) == report["settings"]["repeats"] for row in report["rows"])
+    assert report["sizing"].keys() == {
+        "frames_per_second", "frames_per_day", "decoded_per_second_and_core", "cores_per_device",
+    }  # fmt: skip
+
+
+def test_the_job_runs_on_the_random_captioner(program: ModuleType, ray_cluster: None, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    assert program.main([*FEW, "--stages", "job", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["contestant"] for row in rows] == [
+        "framecap job, all differ",
+        "framecap job, every frame twice",
+        "framecap captioner, without Ray",
+    ]
+
+
+def test_a_bare_pytorch_machine_can_run_it() -> None:
+    code = (
+        f"import sys, runpy; runpy.run_path({str(PROGRAM)!r});"
+        "print([m for m in ('ray', 'pyarrow', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stages", "decode,encodr"], "--stages: 'encodr' is unknown; known: decode, encode, generate"),
+        (["--batches", "8,none"], "--batches is '8,none'; give numbers from 1 on"),
+        (["--repeats", "0"], "--repeats is 0; it must be at least 1"),
+        (["--pictures", "/nowhere", "--stages", "decode"], "--pictures /nowhere holds no pictures"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+    ],
+)
+def test_wrong_settings_end_with_one_line(
+    program: ModuleType, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert program.main([*FEW, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_drawn_lengths_have_the_stated_mean_and_limit() -> None:
+    lengths = draw_lengths(20_000).float()
+    assert abs(float(lengths.mean()) - MEAN_LENGTH) < 0.2
+    assert int(lengths.max()) == MAX_LENGTH
+    assert torch.equal(draw_lengths(50, seed=3), draw_lengths(50, seed=3))
+
+
+def test_captions_of_the_random_decoder_have_lengths_drawn_for_it() -> None:
+    decoder = random_decoder(DECODERS["tiny"], prefix_length=10)
+    drawn = draw_lengths(decoder.config.vocab_size)
+    found = generate(decoder, random_prefixes(decoder, 24, 10), None, DecodeOptions())
+    near = [abs(len(c.tokens) - int(drawn[c.tokens[0]])) <= 1 for [c] in found]
+    assert sum(near) >= 22
+    assert len({len(c.tokens) for [c] in found}) > 5
+
+
+@pytest.mark.parametrize("bridge", ["linear", "transformer"])
+def test_frames_get_captions_of_different_lengths_whatever_the_bridge(
+    program: ModuleType, bridge: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    assert program.main([*FEW, "--bridge", bridge, "--stages", "captioner", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert {row["agreement"] for row in rows} == {1.0}
+
+
+def test_clipcaps_loop_and_transformers_agree_with_three_beams_and_without() -> None:
+    decoder = random_decoder(DECODERS["tiny"], prefix_length=4)
+    prefixes, model = random_prefixes(decoder, 5, 4), peers.gpt2(decoder)
+    greedy = peers.transformers_generate(model, prefixes, 2)
+    assert peers.clipcap_generate(model, prefixes) == greedy
+    assert [c.tokens for [c] in generate(decoder, prefixes, None, DecodeOptions())] == greedy
+    beams = generate(decoder, prefixes, None, DecodeOptions(num_beams=3))
+    assert [c.tokens for [c] in beams] == peers.transformers_generate(model, prefixes, 3, num_beams=3)
+
+
+def test_contestants_take_turns_and_a_different_result_shows() -> None:
+    turns: list[str] = []
+
+    def run(name: str) -> list[int]:
+        turns.append(name)
+        return [1, 2 if name == "ours" else 3]
+
+    contestants = [Contestant(name, 2, lambda name=name: run(name), result=list) for name in ("ours", "theirs")]
+    rows = Stopwatch(2, "wall", CPU).compare("stage", contestants)
+    assert turns == ["ours", "theirs", "theirs", "ours"]
+    assert [row.agreement for row in rows] == [1.0, 0.5]
+
+
+def test_operations_are_those_of_the_published_shapes() -> None:
+    # 145 tokens through 85 million weights, twice, and attention: 25 GFLOP (b32-384).
+    assert encode_work(ENCODERS["b32-384"], 32, 4).operations == pytest.approx(25.6e9, rel=0.02)
+    # 24 positions through 85 million weights and 15 through the vocabulary's 39 million.
+    assert generate_work(DECODERS["small"], 10, 14, 32, 1, 4).operations == pytest.approx(5.25e9, rel=0.02)
+
+
+def test_sizing_counts_the_cores_that_feed_a_device() -> None:
+    def row(stage: str, contestant: str, rate: float) -> Row:
+        return Row(stage, contestant, rate, 1.0, (1.0,), 1, peer=False)
+
+    rows = [
+        row("decode exact 720p", "framecap, to uint8", 100.0),
+        row("encode, batch 512", "framecap", 1000.0),
+        row("encode, batch 512", "transformers CLIP (SDPA)", 9000.0),
+        row("generate greedy, batch 512", "framecap", 800.0),
+        row("generate greedy, batch 1024", "framecap", 1000.0),
+    ]
+    found = sizing(rows)
+    assert found["frames_per_day"] == pytest.approx(500 * 86_400)
+    assert found["cores_per_device"] == pytest.approx(5.0)
+    assert "GPU: 500 frames/s, 43,200,000 frames per day" in format_sizing(found, "GPU")
+    assert "CPU cores that feed GPU: 5" in format_sizing(found, "GPU")
+    assert format_sizing(sizing(rows[:1]), "GPU") == ""
+    assert len(format_table(rows).splitlines()) == len(rows) + 2
+
+
+def test_drawn_frames_differ_and_weigh_as_photographs_do() -> None:
+    frames = make_frames(3, (640, 360))
+    assert len(set(frames)) == 3
+    bits = [8 * len(frame) / (640 * 360) for frame in frames]
+    assert all(0.5 < b < 4 for b in bits)
