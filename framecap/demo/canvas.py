@@ -35,10 +35,7 @@ class Canvas:
 
     def points(self, flat: tuple[float, ...]) -> list[tuple[float, float]]:
         """Pixel positions of ``x0, y0, x1, y1, …``."""
-        return [
-            (self.left + flat[i] * self.side, self.top + flat[i + 1] * self.side)
-            for i in range(0, len(flat), 2)
-        ]
+        return [(self.left + flat[i] * self.side, self.top + flat[i + 1] * self.side) for i in range(0, len(flat), 2)]
 
     def polygon(self, flat: tuple[float, ...], fill: Colour, outline: Colour | None = None) -> None:
         self.draw.polygon(self.points(flat), fill=fill, outline=outline)

@@ -2,7 +2,8 @@
 
 The contrastive loss is CLIP's (Radford et al. 2021). So that minutes on two CPU cores are enough, linear heads
 also read kind, colour, relation, setting … from the pooled embedding and from the patch features; they are
-dropped afterwards and never reach the captioner. Real ruCLIP towers were trained without them.
+dropped afterwards and never reach the captioner. A decoder reads the patches along the way and its caption
+loss is added (CoCa, Yu et al. 2022); the bridge training starts from it. Real ruCLIP towers had neither.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from framecap.demo.caption_reader import CaptionReader, TokenRows
 from framecap.demo.pictures import PATCH_LABELS, SCENE_LABELS, Pictures
 from framecap.model.images import normalise
 from framecap.model.ruclip import ImageFeatures, RuClip
 
 logger = logging.getLogger(__name__)
+READER_SUFFIX = ".reader.pt"
 
 
 class AuxiliaryHeads(nn.Module):
@@ -47,10 +50,14 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
 
 
-def _auxiliary_loss(heads: AuxiliaryHeads, features: ImageFeatures, scene: Tensor, patch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _auxiliary_loss(
+    heads: AuxiliaryHeads, features: ImageFeatures, scene: Tensor, patch: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     of_scene, of_patch = heads(features)
     scene_loss = sum(F.cross_entropy(logits, scene[:, i]) for i, logits in enumerate(of_scene))
-    patch_loss = sum(F.cross_entropy(logits.flatten(0, 1), patch[..., i].flatten()) for i, logits in enumerate(of_patch))
+    patch_loss = sum(
+        F.cross_entropy(logits.flatten(0, 1), patch[..., i].flatten()) for i, logits in enumerate(of_patch)
+    )
     right = torch.stack([logits.argmax(-1) == scene[:, i] for i, logits in enumerate(of_scene[:6])]).all(0)
     return torch.as_tensor(scene_loss), torch.as_tensor(patch_loss), right.float().mean()
 
@@ -77,19 +84,24 @@ def train_encoder(
     test: Pictures,
     minutes: float,
     checkpoint: Path,
+    reader: CaptionReader,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 64,
     peak_rate: float = 1e-3,
 ) -> None:
-    """Train both towers for ``minutes``; the latest state is kept in ``checkpoint`` (published layout)."""
+    """Train both towers for ``minutes``; the latest state is kept in ``checkpoint`` (published layout).
+
+    ``reader`` gives the caption loss of a batch and learns along.
+    """
     config = encoder.config
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     heads = AuxiliaryHeads(config.embed_dim, config.vision_width).to(encoder.device)
-    groups = parameter_groups([encoder, heads], 0.05)
+    groups = parameter_groups([encoder, heads, reader.bridge, reader.decoder], 0.05)
     optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.98))
     ids = encoder.tokenize(train.captions)
     ids = ids[:, : int((ids != 0).sum(1).max())]
+    rows_of = reader.token_rows(train.captions)
     start, step, order, saved = time.monotonic(), 0, np.empty(0, dtype=np.int64), time.monotonic()
     while (elapsed := (time.monotonic() - start) / 60) < minutes:
         if len(order) < batch_size:
@@ -97,7 +109,7 @@ def train_encoder(
         rows, order = order[:batch_size], order[batch_size:]
         for group in optimiser.param_groups:
             group["lr"] = peak_rate * progress_rate(elapsed / minutes)
-        loss, parts = _step_loss(encoder, heads, train, ids, rows)
+        loss, parts = _step_loss(encoder, heads, reader, train, ids, rows_of, rows)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)  # type: ignore[attr-defined]
@@ -105,21 +117,29 @@ def train_encoder(
         with torch.no_grad():
             encoder.logit_scale.clamp_(max=math.log(100))
         step += 1
-        if step % 100 == 0:
+        if step % 200 == 0:
             logger.info(
-                "encoder step %d  %.1f min  contrastive %.3f  scene %.3f  patch %.3f  right in batch %.3f",
+                "encoder step %d  %.1f min  contrastive %.3f  scene %.3f  patch %.3f  caption %.3f  right %.3f",
                 step, elapsed, *parts,
             )  # fmt: skip
         if time.monotonic() - saved > 90:
             saved = time.monotonic()
             encoder.save_pretrained(checkpoint)
+            torch.save(reader.state(), checkpoint.with_suffix(READER_SUFFIX))
             logger.info("encoder step %d  unseen compositions: %s", step, probe_encoder(encoder, heads, test))
     encoder.save_pretrained(checkpoint)
+    torch.save(reader.state(), checkpoint.with_suffix(READER_SUFFIX))
     logger.info("encoder finished: %d steps, %s", step, probe_encoder(encoder, heads, test))
 
 
 def _step_loss(
-    encoder: RuClip, heads: AuxiliaryHeads, train: Pictures, ids: Tensor, rows: np.ndarray
+    encoder: RuClip,
+    heads: AuxiliaryHeads,
+    reader: CaptionReader,
+    train: Pictures,
+    ids: Tensor,
+    captions: TokenRows,
+    rows: np.ndarray,
 ) -> tuple[Tensor, tuple[float, ...]]:
     config, device = encoder.config, encoder.device
     pixels = normalise(torch.from_numpy(train.pixels[rows]).to(device), config.mean, config.std)
@@ -129,10 +149,12 @@ def _step_loss(
         texts = encoder.encode_text(ids[torch.from_numpy(rows)])
         scene = torch.from_numpy(train.scene_labels[rows]).to(device)
         patch = torch.from_numpy(train.patch_labels[rows].astype(np.int64)).to(device)
+        picked = torch.from_numpy(rows)
+        caption_loss = reader.loss(features, captions.ids[picked], captions.targets[picked])
         scene_loss, patch_loss, right = _auxiliary_loss(heads, features, scene, patch)
     contrastive = contrastive_loss(features.pooled, texts, encoder.logit_scale)
-    parts = tuple(float(part.detach()) for part in (contrastive, scene_loss, patch_loss, right))
-    return contrastive + 0.5 * scene_loss + patch_loss, parts
+    parts = tuple(float(part.detach()) for part in (contrastive, scene_loss, patch_loss, caption_loss, right))
+    return contrastive + 0.5 * scene_loss + 2 * patch_loss + 2 * caption_loss, parts
 
 
 @torch.no_grad()

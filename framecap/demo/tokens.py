@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -28,7 +30,7 @@ def train_yttm(texts: Iterable[str], vocab_size: int) -> YttmTokenizer:
     while len(char2id) + SPECIALS + len(rules) < vocab_size:
         pairs: Counter[tuple[int, int]] = Counter()
         for word, ids in spelt.items():
-            for pair in zip(ids, ids[1:], strict=False):
+            for pair in itertools.pairwise(ids):
                 pairs[pair] += words[word]
         if not pairs:
             break
@@ -68,7 +70,5 @@ def train_gpt_tokenizer(texts: Iterable[str], vocab_size: int) -> GptTokenizer:
 
 
 def _merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [(left, right) for left, right in merges]

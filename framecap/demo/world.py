@@ -156,14 +156,24 @@ def _with_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def paint(scene: Scene, things: list[Placed], size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """The scene as an RGB picture of ``size`` (width, height) with its things where ``things`` says."""
+def paint(
+    scene: Scene,
+    things: list[Placed],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    moment: np.random.Generator | None = None,
+) -> Image.Image:
+    """The scene as an RGB picture of ``size`` (width, height) with its things where ``things`` says.
+
+    ``moment`` draws what changes from frame to frame, drops and noise; by default ``rng`` draws everything.
+    """
+    moment = moment or rng
     canvas = Canvas(size, sky_colour(scene))
     draw_ground(canvas, scene, rng)
     for placed in things:
         draw_thing(canvas, placed, scene.time == "night")
-    draw_weather(canvas, scene, rng)
-    return _with_noise(canvas.image, rng)
+    draw_weather(canvas, scene, moment)
+    return _with_noise(canvas.image, moment)
 
 
 def to_jpeg(image: Image.Image, quality: int) -> bytes:

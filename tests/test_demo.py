@@ -1,0 +1,193 @@
+"""The drawn world, its Russian, and the bundled mini captioner."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from framecap.demo import bundled_captioner
+from framecap.demo.frames import draw_video, write_demo_frames
+from framecap.demo.russian import ADJECTIVES, NOUNS, claims_of, describe, noun_phrase, parse, verb_phrase
+from framecap.demo.scenes import (
+    COLOURS,
+    FLYING_KINDS,
+    KINDS,
+    RELATIONS,
+    ROLES,
+    SETTINGS,
+    Scene,
+    Thing,
+    composition_split,
+    draw_scenes,
+)
+from framecap.demo.silhouettes import ASPECT, SILHOUETTES
+from framecap.demo.world import FRAME_SIZES, draw_frame, place
+
+MAX_BYTES = 12 * 2**20
+
+
+def test_the_world_is_as_varied_as_promised() -> None:
+    assert len(KINDS) >= 20
+    assert len(COLOURS) >= 8
+    assert len(SETTINGS) >= 6
+    assert set(KINDS) == set(NOUNS) == set(SILHOUETTES) == set(ASPECT)
+    assert set(COLOURS) == set(ADJECTIVES)
+
+
+def test_train_and_test_share_no_composition() -> None:
+    train = {c for scene in draw_scenes(4000, 1, "train") for c in scene.compositions()}
+    test = {c for scene in draw_scenes(4000, 1, "test") for c in scene.compositions()}
+    assert train
+    assert test
+    assert train.isdisjoint(test)
+
+
+def test_each_kind_in_each_colour_is_held_out_in_some_role_and_trained_in_another() -> None:
+    for kind, colour in itertools.product(KINDS, COLOURS):
+        splits = {composition_split((kind, colour, role)) for role in ROLES}
+        assert splits == {"train", "test"}
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gender_and_number_agree(kind: str, colour: str) -> None:
+    noun, forms = NOUNS[kind], ADJECTIVES[colour]
+    one, two = noun_phrase(Thing(kind, colour)), noun_phrase(Thing(kind, colour, 2))
+    if kind == "person":
+        assert one == f"человек в {forms[5]}"
+        assert two == f"два человека в {forms[5]}"
+        return
+    endings = {"m": ("ый", "ий"), "f": ("ая", "яя"), "n": ("ое", "ее")}[noun.gender]
+    adjective = one.split()[0]
+    assert adjective.endswith(endings)
+    assert one.endswith(noun.nominative)
+    numeral, plural, *_ = two.split()
+    assert numeral == ("две" if noun.gender == "f" else "два")
+    assert plural.endswith(("ые", "ие") if noun.gender == "f" else ("ых", "их"))
+    assert two.split()[-1] == noun.genitive.split()[-1]
+
+
+def test_verbs_agree_in_number() -> None:
+    assert verb_phrase(Thing("bus", "red", 1, moving=True)) == "едет"
+    assert verb_phrase(Thing("bus", "red", 2, moving=True)) == "едут"
+    assert verb_phrase(Thing("tree", "red", 3)) == "растут"
+
+
+def test_a_known_scene_is_described_in_known_words() -> None:
+    scene = Scene(Thing("bus", "red", 1, True), "left", Thing("tree", "yellow"), "bridge", "night", "clear")
+    texts = {describe(scene, np.random.default_rng(seed)) for seed in range(40)}
+    assert "Ночью по мосту едет красный автобус, слева растёт жёлтое дерево." in texts
+    assert "Ночью по мосту едет красный автобус, слева от автобуса растёт жёлтое дерево." in texts
+    assert "Красный автобус едет по мосту ночью, слева растёт жёлтое дерево." in texts
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_parser_reads_back_what_the_description_says(split: str) -> None:
+    rng = np.random.default_rng(3)
+    for scene in draw_scenes(3000, 3, split):  # type: ignore[arg-type]
+        assert parse(describe(scene, rng)) == claims_of(scene)
+
+
+def test_the_parser_claims_nothing_from_nonsense() -> None:
+    for text in ("", "Привет, мир", "красный синий автобус стоит", "автобус автобус, слева стоит", ",,,"):
+        claims = parse(text)
+        assert None in claims.essentials()
+
+
+def test_a_wrong_colour_or_relation_is_noticed() -> None:
+    right = parse("Ночью по мосту едет красный автобус, слева растёт жёлтое дерево.")
+    for wrong in (
+        "Ночью по мосту едет жёлтый автобус, слева растёт жёлтое дерево.",
+        "Ночью по мосту едет красный автобус, справа растёт жёлтое дерево.",
+        "Ночью по городу едет красный автобус, слева растёт жёлтое дерево.",
+        "Ночью по мосту едет красный автобус.",
+    ):
+        assert parse(wrong).essentials() != right.essentials()
+
+
+def test_drawing_is_deterministic() -> None:
+    scene = draw_scenes(1, 5, "test")[0]
+    first, second = (draw_frame(scene, np.random.default_rng(9))[0] for _ in range(2))
+    assert first == second
+
+
+def test_things_lie_inside_the_centred_square_and_keep_their_relation() -> None:
+    rng = np.random.default_rng(11)
+    for scene in draw_scenes(1500, 11, "train"):
+        things = place(scene, rng)
+        for placed in things:
+            left, top, right, bottom = placed.box
+            assert min(left, top) >= -0.001
+            assert max(right, bottom) <= 1.001
+        if scene.other is None:
+            assert len(things) == scene.main.count
+            continue
+        main = next(placed for placed in things if not placed.is_other)
+        other = next(placed for placed in things if placed.is_other)
+        if scene.relation == "left":
+            assert other.x < main.x - 0.3
+        elif scene.relation == "right":
+            assert other.x > main.x + 0.3
+        elif scene.relation == "above":
+            assert other.thing.kind in FLYING_KINDS
+            assert other.y < main.y - 0.4
+        else:
+            assert other.y > main.y + 0.1
+
+
+def test_every_frame_size_setting_and_relation_is_drawn() -> None:
+    rng = np.random.default_rng(1)
+    for setting, relation, size in itertools.product(SETTINGS, RELATIONS, FRAME_SIZES):
+        other = None if relation == "alone" else Thing("kite" if relation == "above" else "cat", "white")
+        scene = Scene(Thing("horse", "black"), relation, other, setting, "night", "rain")
+        assert draw_frame(scene, rng, size)[0].startswith(b"\xff\xd8")
+
+
+def test_something_moves_in_a_demo_video() -> None:
+    _, frames, _ = draw_video(0, 4)
+    assert len(set(frames)) == 4
+
+
+def test_demo_frames_are_the_same_each_time(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    first, second = (write_demo_frames(tmp_path / name, videos=2, length=3) for name in "ab")
+    table = pq.read_table(first[0])
+    assert table.equals(pq.read_table(second[0]))
+    assert table.num_rows == 6
+    assert table.column_names == [
+        "frame_id", "video_id", "frame_index", "timestamp_ms", "width", "height", "image",
+    ]  # fmt: skip
+
+
+def test_a_learnt_yttm_vocabulary_reads_back_its_words(tmp_path: Path) -> None:
+    from framecap.demo.tokens import train_yttm
+    from framecap.model.yttm import YttmTokenizer, save_yttm
+
+    texts = ["красный автобус стоит на мосту.", "две красные машины"]
+    made = train_yttm(texts, 90)
+    save_yttm(tmp_path / "bpe.model", made.char2id, made.rules, made.specials)
+    read = YttmTokenizer.from_file(tmp_path / "bpe.model")
+    for text in texts:
+        assert read.encode(text) == made.encode(text)
+        assert read.decode(read.encode(text)) == text
+
+
+def test_the_bundled_captioner_fits_in_twelve_megabytes_and_has_a_manifest() -> None:
+    directory = bundled_captioner()
+    assert sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) <= MAX_BYTES
+    files = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["files"]
+    assert {"config.json", "bridge.safetensors", "encoder/bpe.model", "decoder/vocab.json"} <= set(files)
+
+
+def test_the_bundled_captioner_is_right_about_unseen_compositions() -> None:
+    from framecap.demo.evaluate import evaluate
+    from framecap.model.captioner import Captioner
+
+    figures = evaluate(Captioner.from_pretrained(bundled_captioner(), device="cpu"), scenes=120, seed=777)
+    assert figures["right"] >= 0.85  # 90 % on 1,000 scenes is the promise; 120 scenes leave room for chance
+    assert figures["pairs_right"] >= 0.95
