@@ -38,7 +38,12 @@ def fragment_name(pieces: Chunk, fingerprint: str) -> str:
 
 
 def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Table) -> str:
-    """Write the captions of ``pieces`` in one atomic step; returns the fragment's name."""
+    """Write the captions of ``pieces`` in one atomic step; returns the fragment's name.
+
+    Raises ``ValueError`` unless there is one caption per row: rows are told apart by their place alone.
+    """
+    if len(captions) != (rows := sum(piece.stop - piece.start for piece in pieces)):
+        raise ValueError(f"{len(captions)} captions for the {rows} rows of {pieces}")
     metadata = {_PIECES: json.dumps(_as_lists(pieces)).encode(), _FINGERPRINT: fingerprint.encode()}
     sink = io.BytesIO()
     options = pa.ipc.IpcWriteOptions(compression="zstd")

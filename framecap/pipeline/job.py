@@ -146,6 +146,8 @@ def prepare(settings: CaptionSettings) -> Job:
     encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
     source = list_input(settings.input_uri)
     check_places(source, settings.input_uri, settings.output_uri)
+    if settings.prune and source.root.rstrip("/") != settings.input_uri.rstrip("/"):
+        raise SettingsError(f"--prune needs a whole folder as --input-uri; {settings.input_uri} is a part of one")
     _check_writable(settings.output_uri)
     decode = decode_options(settings)
     return Job(
@@ -169,7 +171,9 @@ def decode_options(settings: CaptionSettings) -> DecodeOptions:
 def _deciding(settings: CaptionSettings, decode: DecodeOptions) -> dict[str, object]:
     """What decides the content of a caption shard, beside the captioner and the frames."""
     names = ("similarity", "image_embedding", "reuse_similarity", "decode", "max_pixels", "keep_columns")
-    columns = ("id_column", "image_column", "image_uri_column")
+    columns = ["id_column", "image_column", "image_uri_column"]
+    if settings.reuse_similarity is not None:
+        columns.append("video_column")
     return {
         "schema": SCHEMA_VERSION,
         "image_transform": IMAGE_TRANSFORM_VERSION,

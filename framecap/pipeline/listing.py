@@ -55,6 +55,7 @@ def _list_input(uri: str) -> Listing:
         base = open_fs(root)[1].rstrip("/")
         found = fs.glob(path, detail=True)
         marks = {name[len(base) :].lstrip("/"): mark(info) for name, info in found.items() if info["type"] == "file"}
+        marks = {name: m for name, m in sorted(marks.items()) if _is_shard(name)}
         return Listing(root, marks, "**" in uri)
     if fs.isfile(path):
         root, _, name = uri.rpartition("/")
@@ -99,7 +100,7 @@ def _scan(folder: Path, prefix: str) -> list[tuple[str, str]]:
 
 def mark(info: dict[str, Any]) -> str:
     """Size with ETag, hash or modification time: what tells one version of a file from the next."""
-    if "mtime" in info and info.get("name", "").startswith("/"):
+    if "ino" in info:  # a local file; HDFS and SFTP also have an mtime and names that begin with a slash
         status = Path(info["name"]).stat()
         return f"{status.st_size}-{status.st_mtime_ns}"
     for key in ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "updated"):

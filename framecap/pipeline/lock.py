@@ -64,6 +64,11 @@ class OutputLock:
         if holder is not None and holder.get("token") == self._me["token"]:
             self._remove(holder)
 
+    @property
+    def lost(self) -> bool:
+        """Whether another run was seen to hold the lock."""
+        return self._lost is not None
+
     def check(self) -> None:
         """Raises ``LockedError`` if another run holds the lock by now."""
         if self._lost is not None:
@@ -150,8 +155,9 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
+    """This boot and process namespace: containers of one machine may share host name and boot, not pids."""
+    path, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{path.read_text().strip()} {space.readlink()}" if path.exists() else ""
 
 
 def _process_start(pid: int) -> str | None:

@@ -145,7 +145,7 @@ def _published(output_uri: str, outputs: dict[str, str], ledger: Ledger) -> dict
     for entry in _parallel(read, unknown):
         if entry is not None:
             known[entry.shard] = entry
-            ledger.append(entry)
+            ledger.entries[entry.shard] = entry  # on disk at the end of the run: a dry run writes nothing
     return known
 
 

@@ -141,9 +141,11 @@ class Publisher:
 
     def finish(self) -> None:
         """Wait for every publication under way."""
-        while self._running:
-            self.collect(block=True)
-        self._pool.shutdown()
+        try:
+            while self._running:
+                self.collect(block=True)
+        finally:
+            self._pool.shutdown()
 
     def _forget(self, shard: str) -> None:
         for fragment in {span.fragment for span in self._spans.pop(shard, [])}:
@@ -155,6 +157,7 @@ class Publisher:
             return
         users.discard(shard or "")
         if not users:
+            del self._users[fragment]
             delete_fragment(self._places.fragments, fragment)
             self._cache.drop(fragment)
 
@@ -197,7 +200,10 @@ class _Cursor:
         parts: list[pa.Table] = []
         while rows > 0:
             if self._held is None or not len(self._held):
-                batch = next(self._batches, None)
+                try:
+                    batch = next(self._batches, None)
+                except (pa.ArrowException, OSError) as error:  # pyarrow calls a damaged page an OSError
+                    raise ShardError("unreadable", str(error)[:300]) from error
                 if batch is None:
                     raise ShardError("unreadable", f"{rows} rows fewer than its footer promised")
                 self._held = pa.Table.from_batches([batch]).select(self._schema.names)
@@ -226,7 +232,7 @@ def publish_shard(places: Places, plan: ShardPlan, spans: list[_Span], cache: _F
                 if mark_of(source_uri) != plan.signature:
                     raise ShardError("changed", "the file was replaced while the run was under way; run again")
                 writer.add_key_value_metadata(output_metadata(plan.shard, plan.signature, places.fingerprint, errors))
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
+    except (pa.ArrowException, FileNotFoundError) as error:
         raise ShardError("unreadable", str(error)[:300]) from error
     return LedgerEntry(plan.shard, plan.rows, errors, plan.signature, places.fingerprint, mark_of(output_uri))
 

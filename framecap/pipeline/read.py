@@ -7,6 +7,7 @@ A bad frame becomes an error of its row, a bad shard an error of its pieces. Kno
 from __future__ import annotations
 
 import hashlib
+import itertools
 import pickle
 import posixpath
 import time
@@ -94,13 +95,18 @@ def read_chunks(unit: tuple[Chunk, ...], options: ReadOptions) -> Iterator[tuple
     with ThreadPoolExecutor(options.fetch_threads) as fetchers:
         for pieces in unit:
             builder = _ChunkBuilder(pieces, options, fetchers)
-            for piece in pieces:
-                _read_piece(stream, piece, builder)
+            for shard, own in itertools.groupby(pieces, key=lambda piece: piece.shard):
+                before = builder.checkpoint()
+                error = next((e for piece in own if (e := _read_piece(stream, piece, builder)) is not None), None)
+                if error is not None:  # all of a shard's pieces or none: what is failed has no rows
+                    builder.rewind(before)
+                    builder.frames.failed[shard] = error
             yield builder.finish()
     stream.close()
 
 
-def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> None:
+def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> ShardError | None:
+    """Add the rows of a piece; after three tries in vain the error, and no row added."""
     before = builder.checkpoint()
     for attempt in range(3):
         try:
@@ -108,7 +114,7 @@ def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> N
             for batch in stream.rows(piece):
                 builder.add(batch, piece.shard, position)
                 position += len(batch)
-            return
+            return None
         except (ShardError, pa.ArrowException, OSError, ValueError) as error:
             builder.rewind(before)
             stream.close()
@@ -116,7 +122,7 @@ def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> N
             if isinstance(error, ShardError) and error.kind == "changed":
                 break
             time.sleep(_RETRY_WAITS[attempt])
-    builder.frames.failed[piece.shard] = final
+    return final
 
 
 class _ShardStream:
@@ -278,8 +284,10 @@ def fetch(uri: str, folder: str, retries: int) -> bytes | FrameError:
         try:
             fs, path = open_fs(target)
             return bytes(fs.cat_file(path))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FramecapError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return FrameError("missing", f"{target} does not exist")
+        except FramecapError as error:  # no backend for its scheme: no use in trying again
+            return FrameError("missing", str(error)[:300])
         except Exception as error:  # each backend raises its own; after the retries the row says which
             if attempt == retries:
                 return FrameError("missing", f"{target}: {type(error).__name__}: {str(error)[:200]}")

@@ -65,10 +65,11 @@ def run(settings: CaptionSettings) -> Summary:
             raise
         finally:
             publisher.finish()
-            if settings.prune:
-                summary.pruned = prune(job, plan, ledger)
-            ledger.compact()
-            sweep_temporary_files(job.output_uri)
+            if not lock.lost:  # else the files of the other run are in these places
+                if settings.prune:
+                    summary.pruned = prune(job, plan, ledger)
+                ledger.compact()
+                sweep_temporary_files(job.output_uri)
             summary.end(publisher, _exit_code(settings, summary, publisher))
             write_summary(job, summary)
     return summary

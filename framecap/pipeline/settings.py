@@ -40,12 +40,14 @@ class CaptionSettings(JobSettings):
     repetition_penalty: float = Field(1.0, gt=0, description="above 1 discourages repeated tokens")
     no_repeat_ngram_size: int = Field(0, ge=0, description="no n-gram twice in a caption; 0 is off")
     max_new_tokens: int = Field(40, ge=1, description="longest caption in tokens")
-    stop: StringList = Field((), description="strings that end a caption, beside the captioner's own")
+    stop: StringList = Field((), description="strings that end a caption, in place of the captioner's own")
     seed: int = Field(0, description="sampling: each frame's seed follows from this and its id")
     rerank: bool = Field(False, description="choose among the candidates by similarity")
 
     device: str = Field("auto", description="auto, cpu or cuda")
-    dtype: str = Field("auto", description="auto (fp16 on a GPU, else fp32), float16, bfloat16, float32")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="auto (fp16 on a GPU, else fp32), float16, bfloat16, float32"
+    )
     num_gpus: float | None = Field(None, ge=0, description="GPUs per actor, may be a fraction (none: auto)")
     num_cpus: float | None = Field(None, gt=0, description="CPUs per actor (none: 1 with a GPU, else 0.75)")
     min_actors: int = Field(1, ge=1, description="caption actors to start with")

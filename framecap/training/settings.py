@@ -13,8 +13,8 @@ from framecap.settings import JobSettings
 class TrainSettings(JobSettings):
     """What ``jobs/train_captioner.py`` needs; ``out`` receives the captioner and, below it, nothing else."""
 
-    encoder: str = Field(description="ruCLIP checkpoint (folder or URI)")
-    decoder: str = Field(description="ruGPT3 checkpoint in the transformers layout (folder or URI)")
+    encoder: str = Field(description="ruCLIP checkpoint (folder)")
+    decoder: str = Field(description="ruGPT3 checkpoint in the transformers layout (folder)")
     pairs: str = Field(description="Parquet file, folder or glob with image, caption and optional split")
     out: str = Field(description="captioner directory to write")
     work_dir: str = Field(
