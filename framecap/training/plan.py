@@ -67,6 +67,7 @@ def make_plan(settings: TrainSettings, device: str) -> TrainPlan:
     out = Path(settings.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"--out {out} exists and is not empty; give a folder that does not exist yet")
+    settings = with_absolute_paths(settings)
     units, columns = plan_units(settings)
     bridge = bridge_config(settings)
     encode = EncodeOptions(settings.encoder, bridge.feature, columns, settings.encode_batch_size, device)
@@ -77,6 +78,12 @@ def make_plan(settings: TrainSettings, device: str) -> TrainPlan:
     plan = TrainPlan(settings, tuple(units), encode, features, bridge, _identity(settings, features))
     check_space(run_dir, _bytes_needed(plan), "features and checkpoints")
     return plan
+
+
+def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
+    """The same settings with local paths that mean the same in a worker's folder."""
+    places = {name: value for name in _PLACES if (value := getattr(settings, name)) and is_local(value)}
+    return settings.model_copy(update={name: str(Path(value).absolute()) for name, value in places.items()})
 
 
 def bridge_config(settings: TrainSettings) -> BridgeConfig:
@@ -124,11 +131,11 @@ def _bytes_needed(plan: TrainPlan) -> int:
     encoder_bytes = sum(file.stat().st_size for file in find_weights(Path(plan.settings.encoder)))
     # Weights and two moments in each of two kept checkpoints and the one being written, best, result.
     trained = 4 * parameters + (decoder if plan.settings.train != "bridge" else 0)
-    features = rows * values * np_size(plan.bridge.feature)
+    features = rows * values * stored_size(plan.bridge.feature)
     return features + 11 * trained + 2 * (decoder + encoder_bytes)
 
 
-def np_size(feature: str) -> int:
+def stored_size(feature: str) -> int:
     """Bytes of one stored feature value."""
     return 2 if DTYPES[feature].__name__ == "float16" else 4
 

@@ -1,0 +1,291 @@
+"""Training on drawn pictures: it learns by heart, resumes, shares work, and refuses bad input clearly."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from framecap import Captioner, DecodeOptions
+from framecap.errors import SettingsError, TrainingError
+from framecap.training.disk import check_space, clear_disk_errors
+from framecap.training.examples import batch_at, shares
+from framecap.training.optimise import schedule
+from framecap.training.plan import make_plan
+from framecap.training.run import train_captioner, train_locally
+from framecap.training.settings import TrainSettings
+
+COLOURS = {"красный": "#d02020", "синий": "#2040d0", "жёлтый": "#e8d020", "зелёный": "#20a040"}
+SHAPES = {"круг": "ellipse", "прямоугольник": "rectangle"}
+PLACES = {"слева": (0, "#f0f0f0"), "справа": (60, "#303030")}
+DATA = Path(__file__).parent / "data"
+
+
+def drawn_pairs() -> list[tuple[bytes, str]]:
+    """16 pictures that differ in colour, shape and place, each with its own sentence."""
+    pairs = []
+    for colour, value in COLOURS.items():
+        for shape, method in SHAPES.items():
+            for place, (x, ground) in PLACES.items():
+                picture = Image.new("RGB", (128, 96), ground)
+                getattr(ImageDraw.Draw(picture), method)((x + 16, 8, x + 52, 88), fill=value)
+                data = io.BytesIO()
+                picture.save(data, "PNG")
+                pairs.append((data.getvalue(), f"{place.capitalize()} нарисован {colour} {shape}."))
+    return pairs
+
+
+def write_pairs(path: Path, **columns: list[Any]) -> Path:
+    images, captions = zip(*drawn_pairs(), strict=True)
+    table = pa.table({"image": list(images), "caption": list(captions)} | columns)
+    pq.write_table(table, path, row_group_size=6)
+    return path
+
+
+def settings(folder: Path, pairs: Path, **values: Any) -> TrainSettings:
+    defaults: dict[str, Any] = {
+        "encoder": str(DATA / "ruclip-vit-b32-tiny"),
+        "decoder": str(DATA / "rugpt3-tiny"),
+        "pairs": str(pairs),
+        "out": str(folder / "captioner"),
+        "train": "bridge+decoder",
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "log_every": 4,
+        "device": "cpu",
+    }
+    return TrainSettings(**(defaults | values))
+
+
+def curve(one: TrainSettings) -> list[dict[str, str]]:
+    with (Path(one.run_dir) / "curve.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def train_losses(one: TrainSettings) -> dict[int, float]:
+    return {int(row["step"]): float(row["train_loss"]) for row in curve(one)}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> TrainSettings:
+    """One worker, twelve steps, in this process."""
+    one = settings(tmp_path_factory.mktemp("whole"), pairs)
+    train_locally(one)
+    return one
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cross_attention"])
+def test_sixteen_pairs_are_learned_by_heart_and_come_back_word_for_word(tmp_path: Path, pairs: Path, kind: str) -> None:
+    one = settings(tmp_path, pairs, bridge=kind, steps=300, batch_size=16, log_every=100)
+    captioner = Captioner.from_pretrained(train_locally(one), device="cpu")
+    images, captions = zip(*drawn_pairs(), strict=True)
+    said = captioner.caption(list(images), DecodeOptions(max_new_tokens=60))
+    right = sum(caption.text == wanted for caption, wanted in zip(said, captions, strict=True))
+    assert right >= 15, [caption.text for caption in said]
+
+
+def test_training_the_bridge_alone_leaves_the_decoder_file_as_it_was(tmp_path: Path, pairs: Path) -> None:
+    out = train_locally(settings(tmp_path, pairs, train="bridge", bridge="linear", steps=3))
+    original = (DATA / "rugpt3-tiny" / "model.safetensors").read_bytes()
+    assert (out / "decoder" / "model.safetensors").read_bytes() == original
+
+
+def test_two_ray_workers_follow_the_loss_of_one(
+    tmp_path: Path, pairs: Path, uninterrupted: TrainSettings, ray_cluster: None
+) -> None:
+    two = settings(tmp_path, pairs, workers=2, cpus_per_worker=1)
+    train_captioner(two)
+    assert train_losses(two) == pytest.approx(train_losses(uninterrupted), rel=1e-3)
+
+
+def test_accumulation_changes_no_loss(tmp_path: Path, pairs: Path, uninterrupted: TrainSettings) -> None:
+    four = settings(tmp_path, pairs, accumulate=4)
+    train_locally(four)
+    assert train_losses(four) == pytest.approx(train_losses(uninterrupted), rel=1e-3)
+
+
+def test_a_killed_run_started_again_ends_with_the_same_steps_and_loss(tmp_path: Path, pairs: Path) -> None:
+    whole = settings(tmp_path / "whole", pairs, steps=60, checkpoint_every=7)
+    train_locally(whole)
+    killed = settings(tmp_path / "killed", pairs, steps=60, checkpoint_every=7)
+    code = (
+        "import sys; from framecap.training.run import train_locally;"
+        "from framecap.training.settings import TrainSettings;"
+        "train_locally(TrainSettings.model_validate_json(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, killed.model_dump_json()])
+    checkpoints = Path(killed.run_dir) / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("step-*.pt")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(int(path.stem.partition("-")[2]) for path in checkpoints.glob("step-*.pt"))
+    assert 0 < reached < 60
+    train_locally(killed)
+    assert [row["step"] for row in curve(killed)] == [row["step"] for row in curve(whole)]
+    assert train_losses(killed)[60] == pytest.approx(train_losses(whole)[60], rel=1e-3)
+
+
+def test_a_work_dir_of_another_run_is_refused(tmp_path: Path, pairs: Path) -> None:
+    train_locally(settings(tmp_path, pairs, steps=2, work_dir=str(tmp_path / "run")))
+    with pytest.raises(TrainingError, match=r"learning_rate = 0\.003, this one has 0\.1"):
+        train_locally(
+            settings(
+                tmp_path, pairs, steps=2, learning_rate=0.1, work_dir=str(tmp_path / "run"), out=str(tmp_path / "b")
+            )
+        )
+
+
+def test_features_are_computed_once_and_anew_when_the_pairs_change(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.parquet")
+    one = settings(tmp_path, path, steps=1)
+    train_locally(one)
+    parts = sorted(Path(one.run_dir).glob("features-*/part-*.npy"))
+    assert len(parts) == 3
+    times = [part.stat().st_mtime_ns for part in parts]
+    train_locally(one.model_copy(update={"out": str(tmp_path / "again"), "work_dir": one.run_dir}))
+    assert [part.stat().st_mtime_ns for part in parts] == times
+    write_pairs(path, frame_id=list(range(16)))
+    changed = one.model_copy(update={"out": str(tmp_path / "third")})
+    assert make_plan(changed, "cpu").features.name != parts[0].parent.name
+
+
+def test_early_stop_ends_a_run_that_no_longer_gains_and_keeps_the_best(tmp_path: Path) -> None:
+    split = ["train", "validation"] * 8
+    path = write_pairs(tmp_path / "pairs.parquet", split=split)
+    one = settings(tmp_path, path, steps=400, learning_rate=2e-2, validate_every=5, patience=2)
+    train_locally(one)
+    rows = curve(one)
+    assert int(rows[-1]["step"]) < 400
+    losses = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
+    assert losses[-2] > min(losses) < losses[-1]
+
+
+def test_the_curve_is_drawn(uninterrupted: TrainSettings) -> None:
+    pytest.importorskip("matplotlib")
+    assert Image.open(Path(uninterrupted.run_dir) / "curve.png").size[0] > 400
+
+
+def test_bad_pairs_are_left_out_and_listed_up_to_the_limit(tmp_path: Path) -> None:
+    images, captions = (list(column) for column in zip(*drawn_pairs(), strict=True))
+    images[3], captions[5], captions[7] = b"no picture", None, "  "  # type: ignore[call-overload]
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "pairs.parquet")
+    one = settings(tmp_path, tmp_path / "pairs.parquet", steps=1, max_bad_pairs=0.2)
+    train_locally(one)
+    listed = (Path(one.run_dir) / "bad_pairs.jsonl").read_text()
+    assert listed.count("no caption") == 2
+    assert listed.count("not_an_image") == 1
+    with pytest.raises(TrainingError, match=r"3 of 16 pairs cannot be used \(2 x no caption, 1 x not_an_image"):
+        train_locally(one.model_copy(update={"out": str(tmp_path / "b"), "max_bad_pairs": 0.1}))
+
+
+def test_an_image_with_several_captions_is_trained_on_each(tmp_path: Path) -> None:
+    images, captions = zip(*drawn_pairs(), strict=True)
+    several = [[text, text.upper()] for text in captions]
+    pq.write_table(pa.table({"image": list(images), "caption": several}), tmp_path / "pairs.parquet")
+    one = settings(tmp_path, tmp_path / "pairs.parquet", steps=0, epochs=2)
+    train_locally(one)
+    assert curve(one)[-1]["step"] == "8"  # 2 epochs of 32 captions in batches of 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_split": "learn"}, "split 'learn' is empty; column 'split' holds 'train'"),
+        ({"caption_column": "text"}, "no column 'text'"),
+        ({"prefix_length": 300}, "lower --prefix-length"),
+        ({"split_column": "", "validation_fraction": 0.01}, "both need one"),
+    ],
+)
+def test_impossible_data_is_one_clear_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write_pairs(tmp_path / "pairs.parquet", split=["train"] * 16)
+    with pytest.raises(TrainingError, match=message):
+        train_locally(settings(tmp_path, path, **change))
+
+
+def test_pairs_that_are_not_there_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="check the path"):
+        train_locally(settings(tmp_path, tmp_path / "nowhere.parquet"))
+
+
+def test_an_output_that_holds_something_is_refused_before_anything_starts(tmp_path: Path, pairs: Path) -> None:
+    (tmp_path / "captioner").mkdir()
+    (tmp_path / "captioner" / "config.json").write_text("{}")
+    with pytest.raises(SettingsError, match="not empty"):
+        train_locally(settings(tmp_path, pairs))
+
+
+def test_a_disk_without_room_is_an_error_before_training(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="free some or give another --work-dir"):
+        check_space(tmp_path / "run", 10**18, "features")
+
+
+def test_a_disk_that_fills_up_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no space left"), clear_disk_errors(tmp_path):
+        Path("/dev/full").write_bytes(b"x" * 100_000)
+
+
+def test_a_batch_of_several_workers_is_the_batch_of_one() -> None:
+    for step in (0, 5, 100):
+        batch = batch_at(step, 10, 8, seed=3)
+        divided = [p for rank in range(2) for p in shares(batch, rank, 2, 2)]
+        assert sorted(np.concatenate(divided)) == sorted(batch)
+        assert [len(p) for p in divided] == [2, 2, 2, 2]
+
+
+def test_every_epoch_takes_each_example_once_in_an_order_of_its_own() -> None:
+    taken = np.concatenate([batch_at(step, 12, 4, seed=0) for step in range(6)])
+    assert sorted(taken[:12]) == sorted(taken[12:]) == list(range(12))
+    assert list(taken[:12]) != list(taken[12:])
+
+
+def test_the_rate_rises_then_falls_as_a_cosine() -> None:
+    rates = [schedule(step, 100, 0.1, 0.0) for step in range(100)]
+    assert rates[9] == rates[10] == 1.0
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert rates[-1] < 0.001
+
+
+def test_batch_size_must_divide_among_workers_and_passes() -> None:
+    argv = ["--encoder", "e", "--decoder", "d", "--pairs", "p", "--out", "o"]
+    argv += ["--batch-size", "10", "--workers", "2", "--accumulate", "2"]
+    with pytest.raises(SettingsError, match="multiple of workers x accumulate = 4"):
+        TrainSettings.from_command_line(argv)
+
+
+def test_the_job_exits_2_with_one_line_for_a_missing_checkpoint(tmp_path: Path, pairs: Path) -> None:
+    argv = ["--encoder", str(tmp_path), "--decoder", str(tmp_path), "--pairs", str(pairs), "--out", str(tmp_path / "o")]
+    job = [sys.executable, "jobs/train_captioner.py", *argv]
+    done = subprocess.run(job, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert "holds no config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_trains_in_mixed_precision(tmp_path: Path, pairs: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    one = settings(tmp_path, pairs, device="cuda", steps=160, batch_size=16, learning_rate=5e-3)
+    train_locally(one)
+    assert train_losses(one)[160] < 0.2
