@@ -238,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Prove that every frame of IN is in OUT exactly once, in order, by one captioner."
     parser.add_argument("frames", metavar="IN", help="frame shards: file, folder or glob")
     parser.add_argument("captions", metavar="OUT", help="caption shards of the job")
-    parser.add_argument("--frame-id-column", default="frame_id", help="name of the id column (default: frame_id)")
+    parser.add_argument("--id-column", default="frame_id", help="name of the id column (default: frame_id)")
     parser.add_argument("--image-column", default="image", help="name of the image column (default: image)")
     parser.add_argument("--image-uri-column", default="image_uri", help="name of the URI column (default: image_uri)")
     parser.add_argument("--fingerprint", help="the fingerprint all shards must carry (default: the most common one)")
@@ -246,7 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """``framecap verify``; 0 if nothing is wrong, else 1 and a table."""
-    columns = schema.InputColumns(args.frame_id_column, args.image_column, args.image_uri_column)
+    columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
     result = verify(args.frames, args.captions, columns, args.fingerprint)
     print(
         f"{result.shards} shards, {result.frames} frames, {result.error_rows} with status error, "

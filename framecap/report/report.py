@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
     parser.add_argument("--limit", type=int, default=5000, help="frames shown; figures count all (default: 5000)")
     parser.add_argument("--title", help="heading of the page (default: OUT)")
-    parser.add_argument("--frame-id-column", default="frame_id", help="name of the id column (default: frame_id)")
+    parser.add_argument("--id-column", default="frame_id", help="name of the id column (default: frame_id)")
     parser.add_argument("--image-column", default="image", help="name of the image column (default: image)")
     parser.add_argument("--image-uri-column", default="image_uri", help="name of the URI column (default: image_uri)")
     parser.add_argument("--video-column", default="video_id", help="name of the video column (default: video_id)")
@@ -222,7 +222,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """``framecap report``; 0 when the page is written."""
-    columns = schema.InputColumns(args.frame_id_column, args.image_column, args.image_uri_column)
+    columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
     options = ReportOptions(args.limit, args.title, columns, args.video_column)
     shown = write_report(args.captions, args.out, args.frames, args.against, options)
     print(f"{args.out}: {shown} frames shown")
