@@ -204,8 +204,8 @@ def test_the_output_opens_by_its_folder_with_pandas_duckdb_and_polars(dataset: t
 
     out = dataset[1]
     assert len(pd.read_parquet(out)) == 80
-    count = duckdb.sql(f"select count(caption) from read_parquet('{out}/**/*.parquet')").fetchone()
-    assert count == (80,)
+    count = duckdb.sql(f"select count(caption) from read_parquet('{out}/**/*.parquet')").fetchall()
+    assert count == [(80,)]
     assert pl.read_parquet(f"{out}/**/*.parquet").height == 80
     assert pl.scan_parquet(out).collect().height == 80
 
