@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -26,7 +28,8 @@ REPOSITORY = Path(__file__).parent.parent
 SHARDS, ROWS = 6, 40
 
 
-def start_job(source: Path, out: Path, captioner: Path, *flags: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def started_job(source: Path, out: Path, captioner: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
     """The job as an operator starts it, on the session's cluster, in small batches."""
     address = ray.get_runtime_context().gcs_address
     command = [
@@ -34,10 +37,15 @@ def start_job(source: Path, out: Path, captioner: Path, *flags: str) -> subproce
         "--input-uri", str(source), "--output-uri", str(out), "--captioner", str(captioner),
         "--ray-address", address, "--batch-size", "4", "--max-actors", "1", *flags,
     ]  # fmt: skip
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    job = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    try:
+        yield job
+    finally:
+        job.kill()
+        job.wait()
 
 
-def wait_for(condition: Callable[[], bool], job: subprocess.Popen[bytes], timeout: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen[bytes], timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "the job did not come that far"
@@ -51,6 +59,15 @@ def fragments(out: Path) -> list[Path]:
 
 def published(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+
+
+def kill_actors() -> int:
+    """SIGKILL every caption actor of the session's cluster; returns how many there were."""
+    processes = psutil.Process().children(recursive=True)
+    actors = [process for process in processes if "MapWorker" in " ".join(process.cmdline())]
+    for actor in actors:
+        actor.kill()
+    return len(actors)
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +88,19 @@ def assert_same(out: Path, undisturbed: Path) -> None:
         assert mine[name].equals(table), name
 
 
+@pytest.mark.timeout(900)
 def test_killed_driver_and_killed_actor_lose_nothing_and_repeat_nothing(
     undisturbed: tuple[Path, Path], tmp_path: Path, tiny_captioner_dir: Path
 ) -> None:
     source, out = undisturbed[0], tmp_path / "out"
-    job = start_job(source, out, tiny_captioner_dir)
-    wait_for(lambda: len(published(out)) >= 1 and len(fragments(out)) >= 2, job)
-    job.kill()
-    job.wait()
+    with started_job(source, out, tiny_captioner_dir) as job:
+        wait_for(lambda: len(published(out)) >= 1 and len(fragments(out)) >= 2, job)
     before = published(out)
 
-    job = start_job(source, out, tiny_captioner_dir)
-    wait_for(lambda: len(published(out)) > len(before), job)
-    actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in p.name() + str(p.cmdline())]
-    for actor in actors:
-        actor.kill()
-    assert job.wait(timeout=200) == 0
+    with started_job(source, out, tiny_captioner_dir) as job:
+        wait_for(lambda: len(published(out)) > len(before), job)
+        actors = kill_actors()
+        assert job.wait(timeout=240) == 0
     assert actors, "no actor was there to kill"
 
     assert_same(out, undisturbed[1])
@@ -98,14 +112,15 @@ def test_killed_driver_and_killed_actor_lose_nothing_and_repeat_nothing(
     assert captioned + recovered + ROWS * len(before) == SHARDS * ROWS
 
 
+@pytest.mark.timeout(900)
 def test_sigterm_publishes_what_is_finished_and_says_that_work_is_left(
     undisturbed: tuple[Path, Path], tmp_path: Path, tiny_captioner_dir: Path
 ) -> None:
     source, out = undisturbed[0], tmp_path / "out"
-    job = start_job(source, out, tiny_captioner_dir)
-    wait_for(lambda: len(published(out)) >= 1, job)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=30) == 75
+    with started_job(source, out, tiny_captioner_dir) as job:
+        wait_for(lambda: len(published(out)) >= 1, job)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=60) == 75
     summary = json.loads(next((out / "_framecap" / "runs").glob("*/summary.json")).read_text())
     assert summary["stopped"] == "SIGTERM was received"
     assert summary["published_shards"] == len(published(out)) < SHARDS
@@ -189,3 +204,30 @@ def test_a_run_whose_lock_was_taken_away_notices(tmp_path: Path) -> None:
         lock._heart.join(timeout=10)
         with pytest.raises(LockedError, match="thief"):
             lock.check()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_ten_kills_of_driver_and_actors_change_no_byte_of_the_captions(
+    ray_cluster: None, tmp_path: Path, tiny_captioner_dir: Path
+) -> None:
+    """40 shards, 20,000 frames; the driver, then the actors, are killed by turns at random moments."""
+    source, out, calm = tmp_path / "in", tmp_path / "out", tmp_path / "calm"
+    write_shards(source, 40, 500, row_group_size=100)
+    assert caption(source, calm, tiny_captioner_dir, batch_size=64, max_new_tokens=40).exit_code == 0
+    chance = random.Random(7)
+    before: dict[Path, int] = {}
+    flags = ("--batch-size", "64")
+    for turn in range(10):
+        with started_job(source, out, tiny_captioner_dir, *flags) as job:
+            seen, wanted = len(published(out)), chance.randint(1, 3)
+            wait_for(lambda seen=seen, wanted=wanted: len(published(out)) >= seen + wanted, job)  # type: ignore[misc]
+            if turn % 2:
+                kill_actors()
+                wait_for(lambda seen=seen, wanted=wanted: len(published(out)) > seen + wanted, job)  # type: ignore[misc]
+        assert before.items() <= published(out).items(), "a published shard was written again"
+        before = published(out)
+    with started_job(source, out, tiny_captioner_dir, *flags) as job:
+        assert job.wait(timeout=1200) == 0
+    assert_same(out, calm)
+    assert state_files(out) == []
