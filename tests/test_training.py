@@ -245,6 +245,13 @@ def test_a_disk_that_fills_up_is_one_clear_error(tmp_path: Path) -> None:
         Path("/dev/full").write_bytes(b"x" * 100_000)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_checkpoint_on_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    full = pytest.raises(TrainingError, match="no space left")
+    with full, clear_disk_errors(tmp_path), open("/dev/full", "wb") as stream:
+        torch.save({"w": torch.zeros(100_000)}, stream)
+
+
 def test_a_batch_of_several_workers_is_the_batch_of_one() -> None:
     for step in (0, 5, 100):
         batch = batch_at(step, 10, 8, seed=3)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+
 from framecap.errors import TrainingError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -17,13 +19,25 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def clear_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk below ``path`` into a TrainingError that says so."""
+    """Turn a full or unwritable disk below ``path`` into a TrainingError that says so.
+
+    torch.save and safetensors hide the OSError behind errors of their own; those are looked through.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _os_error(error)
+        if (cause is not None and cause.errno in _FULL) or "No space left" in str(error):
             raise TrainingError(f"no space left for {path}; free some and start the same command again") from error
-        raise TrainingError(f"{path} cannot be written: {error.strerror or error}") from error
+        if cause is None:
+            raise
+        raise TrainingError(f"{path} cannot be written: {cause.strerror or cause}") from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager
@@ -48,6 +62,6 @@ def check_space(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise TrainingError(
-            f"{folder} has {free / 1e9:.1f} GB free, {purpose} need about {needed / 1e9:.1f} GB; "
+            f"{folder} has {free / 1e6:,.0f} MB free, {purpose} need about {needed / 1e6:,.0f} MB; "
             "free some or give another --work-dir"
         )
