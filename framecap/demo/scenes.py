@@ -66,9 +66,7 @@ def composition_split(composition: Composition) -> Split:
 
     Not more: with one in five held out, training learns which kinds a colour in a role never goes with.
     """
-    kind, colour, role = (
-        names.index(name) for names, name in zip((KINDS, COLOURS, ROLES), composition, strict=True)
-    )
+    kind, colour, role = (names.index(name) for names, name in zip((KINDS, COLOURS, ROLES), composition, strict=True))
     held_out = (kind + 2 * colour + 3 * role) % 5 == 0 and (kind + colour + role) % 2 == 0
     return "test" if held_out else "train"
 
