@@ -82,6 +82,11 @@ def caption_in_process(
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test go through ``caption_in_process``: milliseconds instead of an actor's start."""
+    skip_ray(monkeypatch)
+
+
+def skip_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs go through ``caption_in_process`` while the patch lasts."""
     monkeypatch.setattr("framecap.pipeline.caption.start_ray", start_nothing)
     monkeypatch.setattr("framecap.pipeline.caption.caption_units", caption_in_process)
 

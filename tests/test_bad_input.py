@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from shards import caption, jpeg, read_output, shard_table, without_ray
+from shards import caption, jpeg, read_output, shard_table, skip_ray, without_ray
 
 from framecap.errors import SettingsError
 from framecap.model.captioner import Caption
@@ -72,11 +72,13 @@ def plant(source: Path) -> None:
 
 @pytest.fixture(scope="module")
 def planted(
-    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, tiny_captioner_dir: Path
+    tmp_path_factory: pytest.TempPathFactory, tiny_captioner_dir: Path
 ) -> tuple[Path, dict[str, object]]:
     root = tmp_path_factory.mktemp("bad")
     plant(root / "in")
-    summary = caption(root / "in", root / "out", tiny_captioner_dir, fetch_retries=0)
+    with pytest.MonkeyPatch.context() as patch:
+        skip_ray(patch)
+        summary = caption(root / "in", root / "out", tiny_captioner_dir, fetch_retries=0)
     return root / "out", json.loads(summary.to_json())
 
 
