@@ -86,9 +86,11 @@ def test_the_public_russian_layout_imports_openai_tower_and_all(data: Path, tmp_
         tmp_path / "coco_prefix_latest.pt",
         tmp_path / "captioner",
     )
-    caption = Captioner.from_pretrained(out).caption([data / "ruclip-vit-b32-tiny" / "images" / "00_RGB_640x360.jpg"])[
-        0
-    ]
+    frame = data / "ruclip-vit-b32-tiny" / "images" / "00_RGB_640x360.jpg"
+    captioner = Captioner.from_pretrained(out)
+    caption = captioner.caption([frame])[0]
+    with pytest.raises(SettingsError, match="text tower"):
+        captioner.caption([frame], DecodeOptions(num_beams=2, num_return_sequences=2, rerank=True))
     assert caption.status in ("ok", "truncated")
     assert caption.similarity is None  # the prototype has no text tower here
 

@@ -157,27 +157,34 @@ class Captioner:
         """Captions of cropped frames: uint8 [N, R, R, 3] as ``crop_and_resize`` gives.
 
         Without ``seeds`` a frame's sampling seed follows from ``options.seed`` and its pixels alone, so that
-        neither its neighbours nor its place matter. ``similarity=False`` leaves the text tower idle.
+        neither its neighbours nor its place matter. ``similarity=False`` leaves that figure out. All features are
+        held at once: the caller bounds the batch.
         """
+        if not len(pixels):
+            return []
         options = self._with_stop(options or DecodeOptions())
+        if options.rerank and not self.encoder.has_text:
+            raise SettingsError("rerank needs a ruCLIP with a text tower; this captioner's encoder has none")
         seeds = seeds if seeds is not None else [frame_seed(frame, options.seed) for frame in pixels]
-        captions: list[Caption] = []
-        for start in range(0, len(pixels), CAPTION_BATCH):
-            part = slice(start, start + CAPTION_BATCH)
-            features = self.features(pixels[part])
-            prefix, memory = self.bridge(features)
-            candidates = generate(self.decoder, prefix, memory, options, list(seeds[part]))
-            captions += self._captions(candidates, features.pooled, options, similarity)
-        return captions
+        features = self.features(pixels)
+        prefix, memory = self.bridge(features)
+        candidates = generate(self.decoder, prefix, memory, options, list(seeds))
+        return self._captions(candidates, features.pooled, options, similarity)
 
     @torch.inference_mode()
     def features(self, pixels: np.ndarray) -> ImageFeatures:
-        """Cropped frames uint8 [N, R, R, 3] → the encoder's pooled [N, D] and patch [N, P + 1, W] features."""
-        config, parts = self.encoder.config, []
+        """Cropped frames uint8 [N, R, R, 3] → the encoder's pooled [N, D] and patch [N, P + 1, W] features.
+
+        Patch features are many: without a bridge that reads them none are kept ([0, P + 1, W]).
+        """
+        config, reads_patches = self.encoder.config, self.config.bridge.feature == "patches"
+        pooled, patches = [], []
         for batch in _chunks(list(pixels), ENCODE_BATCH[self.device.type]):
             moved = _to_device(np.stack(batch), self.device)
-            parts.append(self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype)))
-        return ImageFeatures(torch.cat([p.pooled for p in parts]), torch.cat([p.patches for p in parts]))
+            made = self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype))
+            pooled.append(made.pooled)
+            patches.append(made.patches if reads_patches else made.patches[:0].clone())
+        return ImageFeatures(torch.cat(pooled), torch.cat(patches))
 
     def embed_images(self, frames: Sequence[Frame]) -> np.ndarray:
         """ruCLIP embeddings of frames, float32 [N, D], L2-normalised. Raises FrameError for a bad frame."""
@@ -238,7 +245,7 @@ class Captioner:
                     logprob=round(best.logprob, DECIMALS),
                     min_logprob=round(best.min_logprob, DECIMALS),
                     tokens=len(best.tokens),
-                    similarity=round(scores[row][order[0]], DECIMALS) if scores is not None else None,
+                    similarity=round(scores[row][order[0]], DECIMALS) if scores is not None and similarity else None,
                     status="truncated" if best.truncated else "ok",
                     candidates=tuple(ranked[i].text for i in order) if len(ranked) > 1 else (),
                 )
