@@ -22,11 +22,13 @@ from framecap.errors import (
     ChecksumError,
     FrameError,
     MissingFileError,
+    PositionLimitError,
     SettingsError,
     StateDictError,
     UnsafePickleError,
     WeightsError,
 )
+from framecap.model.captioner_config import check_options
 from framecap.model.convert import write_manifest
 
 STRATEGIES = {
@@ -245,3 +247,11 @@ def test_describe_image_uses_the_captioner_of_the_environment(
 
 def test_the_public_names_are_all_there() -> None:
     assert all(hasattr(framecap, name) for name in framecap.__all__)
+
+
+def test_options_that_a_captioner_cannot_serve_are_refused_before_its_weights_are_read(
+    tiny_captioner_dir: Path,
+) -> None:
+    check_options(tiny_captioner_dir, DecodeOptions(max_new_tokens=200, rerank=True))
+    with pytest.raises(PositionLimitError, match="250"):
+        check_options(tiny_captioner_dir, DecodeOptions(max_new_tokens=250))

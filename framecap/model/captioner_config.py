@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from framecap.errors import BridgeMismatchError, CaptionerError
+from framecap.errors import BridgeMismatchError, CaptionerError, PositionLimitError, SettingsError
 from framecap.model.bridge import BridgeConfig
+from framecap.model.decode_options import DecodeOptions
 from framecap.model.ruclip import RuClipConfig
 from framecap.model.rugpt import RuGptConfig
 from framecap.model.weights import read_json
@@ -70,3 +71,24 @@ def check_fit(bridge: BridgeConfig, encoder: RuClipConfig, decoder: RuGptConfig)
             f"the {bridge.kind} bridge writes vectors of {bridge.decoder_size}, the decoder reads {decoder.n_embd}; "
             "use the decoder that the bridge was trained with."
         )
+
+
+def check_options(directory: Path, options: DecodeOptions) -> None:
+    """Raise what loading the captioner, or its first caption, would raise; reads config files, no weights.
+
+    Raises:
+        CaptionerError: a config is damaged, the parts do not fit, or prefix and new tokens exceed the positions.
+        SettingsError: ``rerank`` without a text tower.
+    """
+    config = CaptionerConfig.from_file(directory / CONFIG_NAME)
+    encoder = RuClipConfig.from_file(directory / "encoder" / CONFIG_NAME)
+    decoder = RuGptConfig.from_json(directory / "decoder" / CONFIG_NAME)
+    check_fit(config.bridge, encoder, decoder)
+    read = 1 if config.bridge.kind == "cross_attention" else config.bridge.prefix_length
+    if read + options.max_new_tokens > decoder.n_positions:
+        raise PositionLimitError(
+            f"a prefix of {read} + max_new_tokens {options.max_new_tokens} exceed the decoder's {decoder.n_positions} "
+            "positions; lower max_new_tokens."
+        )
+    if options.rerank and not encoder.transformer_layers:
+        raise SettingsError("rerank needs a ruCLIP with a text tower; this captioner's encoder has none")

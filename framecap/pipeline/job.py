@@ -93,10 +93,11 @@ class Job:
         return not self.settings.do_sample  # samples differ from frame to frame, also of equal frames
 
     def check_captioner(self) -> None:
-        """Raise ``CaptionerError`` if the captioner's own config is wrong; imports the models, hence late."""
-        from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig
+        """Raise ``CaptionerError`` or ``SettingsError`` if its config does not allow these options; imports the
+        models, hence late."""
+        from framecap.model.captioner_config import check_options
 
-        CaptionerConfig.from_file(local_copy(self.captioner) / CONFIG_NAME)
+        check_options(local_copy(self.captioner), self.decode)
 
     def sized_for(self, resources: Resources) -> Job:
         return replace(self, batch_size=resources.batch_size)
