@@ -109,6 +109,7 @@ def _caption_and_publish(job: Job, plan: Plan, publisher: Publisher, summary: Su
 
     job.check_captioner()
     resources = start_ray(job.settings)
+    stops.listen()
     job = job.sized_for(resources)
     chunks = list(make_chunks(remaining, job.batch_size))
     units = make_units(chunks, max(1, min(8, len(chunks) // (8 * resources.actors))))
