@@ -92,10 +92,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[Row] = []
     for stage in stages:
         print(f"{stage} …", file=sys.stderr, flush=True)
-        rows += STAGES[stage](bench) if stage in STAGES else job_rows(bench, arguments.captioner)
-    print(format_table(rows))
+        found = STAGES[stage](bench) if stage in STAGES else job_rows(bench, arguments.captioner)
+        print(format_table(found), flush=True)
+        print()
+        rows += found
     unit = "GPU" if options.device.type == "cuda" else f"{arguments.threads} CPU thread(s)"
-    print(f"\n{format_sizing(sizing(rows), unit)}")
+    print(f"{format_sizing(sizing(rows), unit)}")
     return as_json(rows, where, ceilings, vars(arguments))
 
 

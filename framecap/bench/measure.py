@@ -34,7 +34,6 @@ class Contestant:
     frames: int
     run: Callable[[], Any]
     peer: bool = True
-    work: Work | None = None
     result: Callable[[Any], Sequence[Any]] | None = None
     subset: Sequence[int] | None = None
 
@@ -73,7 +72,7 @@ class Stopwatch:
     clock: Clock
     device: torch.device
 
-    def compare(self, stage: str, contestants: Sequence[Contestant], ceilings: Ceilings | None = None) -> list[Row]:
+    def compare(self, stage: str, contestants: Sequence[Contestant]) -> list[Row]:
         """``repeats`` rounds, each from another contestant on; on a GPU all run once before, to warm up."""
         logs = [_Log() for _ in contestants]
         if self.device.type == "cuda":
@@ -83,7 +82,7 @@ class Stopwatch:
             for place in range(len(contestants)):
                 index = (place + turn) % len(contestants)
                 self._time(contestants[index].run, logs[index])
-        return [_row(stage, contestants, logs, index, ceilings) for index in range(len(contestants))]
+        return [_row(stage, contestants, logs, index) for index in range(len(contestants))]
 
     def _time(self, run: Callable[[], Any], log: _Log) -> None:
         now = CLOCKS[self.clock]
@@ -111,6 +110,10 @@ class Ceilings:
         """The least time for ``work``."""
         return max(work.operations / self.operations, work.bytes / self.bytes)
 
+    def mark(self, rows: Sequence[Row], work: Work) -> list[Row]:
+        """Rows with their share of the roofline, for frames that cost ``work`` each."""
+        return [replace(row, roofline=self.seconds(work) * row.frames_per_second) for row in rows]
+
 
 def measure_ceilings(watch: Stopwatch, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
     """Best of several matrix products and copies, within about ``seconds`` each, on the stopwatch's clock."""
@@ -132,9 +135,7 @@ def _fastest(watch: Stopwatch, run: Callable[[], object], seconds: float) -> flo
     return min(log.seconds)
 
 
-def _row(
-    stage: str, contestants: Sequence[Contestant], logs: Sequence[_Log], index: int, ceilings: Ceilings | None
-) -> Row:
+def _row(stage: str, contestants: Sequence[Contestant], logs: Sequence[_Log], index: int) -> Row:
     contestant, log = contestants[index], logs[index]
     rates = [c.frames / statistics.median(seen.seconds) for c, seen in zip(contestants, logs, strict=True)]
     row = Row(
@@ -147,8 +148,6 @@ def _row(
         peer=contestant.peer,
         peak_mib=log.peak,
     )
-    if contestant.work is not None and ceilings is not None:
-        row = replace(row, roofline=ceilings.seconds(contestant.work) * rates[index])
     if contestant.result is not None and contestants[0].result is not None:
         ours, theirs = contestants[0].result(logs[0].result), contestant.result(log.result)
         if contestant.subset is not None:

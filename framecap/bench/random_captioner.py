@@ -120,6 +120,7 @@ def random_decoder(config: RuGptConfig, prefix_length: int, seed: int = 0) -> Ru
     ticks = torch.arange(config.n_positions) - (prefix_length - 1)
     model.wpe.weight[:, _CLOCK] = ticks.clamp(0, MAX_LENGTH + 1) * (_TICK / _EOS)
     model.ln_f.weight.fill_(_SHARPNESS * _EMBEDDING / own)
+    model.arrange_for_small_batches()  # as after loading a checkpoint
     return model
 
 

@@ -92,11 +92,12 @@ class Bench:
     @functools.cached_property
     def lengths(self) -> list[int]:
         """Tokens of each prefix's greedy caption, ``</s>`` not counted."""
-        return [len(tokens) for tokens in self.ours(self.prefixes, 1, self.options.batch)]
+        return [len(tokens) for tokens in self.ours(self.prefixes, 1)]
 
-    def ours(self, prefixes: Tensor, beams: int, batch: int) -> list[list[int]]:
+    def ours(self, prefixes: Tensor, beams: int, max_rows: int | None = None) -> list[list[int]]:
+        """Token ids by framecap, at most ``max_rows`` sequences at a time (None: its own choice)."""
         options = DecodeOptions(num_beams=beams, max_new_tokens=self.options.max_new_tokens)
-        found = generate(self.decoder, prefixes, None, options, max_rows=batch * beams)
+        found = generate(self.decoder, prefixes, None, options, max_rows=max_rows)
         return [candidates[0].tokens for candidates in found]
 
     def typical(self, count: int) -> list[int]:
@@ -162,10 +163,10 @@ def encode_stage(bench: Bench) -> list[Row]:
         return peers.clip_features(bench.clip, values, options.batch)
 
     contestants = [
-        Contestant("framecap", count, lambda: bench.captioner.features(pixels), False, work),
-        Contestant("transformers CLIP (SDPA)", count, theirs, work=work),
+        Contestant("framecap", count, lambda: bench.captioner.features(pixels), False),
+        Contestant("transformers CLIP (SDPA)", count, theirs),
     ]
-    return bench.watch.compare(f"encode, batch {options.batch}", contestants, bench.ceilings)
+    return bench.ceilings.mark(bench.watch.compare(f"encode, batch {options.batch}", contestants), work)
 
 
 def generate_stage(bench: Bench) -> list[Row]:
@@ -182,35 +183,39 @@ def generate_stage(bench: Bench) -> list[Row]:
 def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int, few: list[int]) -> list[Row]:
     options, count = bench.options, len(prefixes)
     limit = options.max_new_tokens
-    lengths = bench.lengths if beams == 1 else [len(tokens) for tokens in bench.ours(prefixes, beams, batch)]
-    mean_length = sum(lengths) / len(lengths)
-    work = generate_work(
-        bench.decoder.config, prefixes.shape[1], mean_length, min(batch, count), beams, options.dtype.itemsize
-    )
+    found: list[list[int]] = []
+
+    def ours(max_rows: int | None = None) -> list[list[int]]:
+        found[:] = bench.ours(prefixes, beams, max_rows)
+        return list(found)
 
     def theirs(cache: str) -> list[list[int]]:
         return peers.transformers_generate(bench.gpt2, prefixes, batch, beams, limit, cache)
 
-    def ours() -> list[list[int]]:
-        return bench.ours(prefixes, beams, batch)
-
-    contestants = [Contestant("framecap", count, ours, False, work, list)]
+    contestants = [
+        Contestant("framecap", count, ours, False, list),
+        Contestant("framecap, as many rows", count, lambda: ours(batch * beams), False, list),
+    ]
     for cache in ("dynamic", "static") if options.static_cache else ("dynamic",):
         name = f"transformers.generate, {cache} cache"
-        contestants.append(Contestant(name, count, functools.partial(theirs, cache), work=work, result=list))
+        contestants.append(Contestant(name, count, functools.partial(theirs, cache), result=list))
     if few:
         loop = functools.partial(peers.clipcap_generate, bench.gpt2, prefixes[few], limit)
-        contestants.append(Contestant("ClipCap's loop", len(few), loop, work=work, result=list, subset=few))
-    first, *others = bench.watch.compare(f"generate {stage}", contestants, bench.ceilings)
-    note = f"{mean_length:.1f} tokens on average, {max(lengths)} at most"
-    return [replace(first, note=note), *others]
+        contestants.append(Contestant("ClipCap's loop", len(few), loop, result=list, subset=few))
+    rows = bench.watch.compare(f"generate {stage}", contestants)
+    lengths = [len(tokens) for tokens in found]
+    mean = sum(lengths) / count
+    rows[0] = replace(rows[0], note=f"{mean:.1f} tokens on average, {max(lengths)} at most")
+    together, size = min(batch, count), options.dtype.itemsize
+    work = generate_work(bench.decoder.config, prefixes.shape[1], mean, together, beams, size)
+    return bench.ceilings.mark(rows, work)
 
 
 def captioner_stage(bench: Bench) -> list[Row]:
-    """JPEG bytes in, captions out: framecap, Pillow + transformers, and ClipCap's script."""
+    """JPEG bytes in, captions out: framecap, Pillow + transformers in batches, and ClipCap's script."""
     options, size = bench.options, "720p"
-    count = min(options.frames, options.batch)
-    frames, limit = bench.jpegs(size, count), options.max_new_tokens
+    count, limit = options.frames, options.max_new_tokens
+    frames = bench.jpegs(size, count)
     few = list(range(min(options.slow_frames, count)))
     greedy = DecodeOptions(max_new_tokens=limit)
     config = bench.encoder.config
@@ -225,7 +230,10 @@ def captioner_stage(bench: Bench) -> list[Row]:
         return [caption.text for caption in bench.captioner.caption_pixels(pixels, greedy, similarity=False)]
 
     def theirs() -> list[str]:
-        tokens = peers.transformers_generate(bench.gpt2, prefixes(frames, options.batch), options.batch, 1, limit)
+        tokens: list[list[int]] = []
+        for start in range(0, count, options.batch):
+            part = prefixes(frames[start : start + options.batch], options.batch)
+            tokens += peers.transformers_generate(bench.gpt2, part, options.batch, 1, limit)
         return [bench.decoder.tokenizer.decode(ids) for ids in tokens]
 
     def script() -> list[str]:
