@@ -204,7 +204,10 @@ def _opened(source: Source, image: Future[Row] | None, options: PackOptions) -> 
 
 
 def _image_row(source: Source) -> Row:
-    data = read_bytes(source.uri)
+    try:
+        data = read_bytes(source.uri)
+    except OSError as error:
+        raise FrameError("missing", f"the file cannot be read: {error}") from error
     try:
         with Image.open(io.BytesIO(data)) as picture:
             size = picture.size
@@ -220,7 +223,11 @@ def _image_row(source: Source) -> Row:
 
 def _video_rows(source: Source, options: PackOptions) -> Iterator[Row]:
     fs, path = open_fs(source.uri)
-    with fs.open(path, "rb") as file:
+    try:
+        file = fs.open(path, "rb")
+    except OSError as error:
+        raise FrameError("missing", f"the file cannot be read: {error}") from error
+    with file:
         for frame in read_video(file, options.selection):
             data = io.BytesIO()
             frame.picture.save(data, "JPEG", quality=options.quality)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under `ray job submit --working-dir .`
 
 from framecap.errors import FramecapError
 from framecap.training.run import train_captioner
