@@ -5,6 +5,7 @@ Runs on the driver. What it holds grows with the shards in flight, not with fram
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from framecap.pipeline.plan import Chunk, Range, ShardPlan
 from framecap.schema import STATUS_ERROR, InputColumns, output_metadata, output_schema
 from framecap.storage import atomic_path, is_local, join, open_fs
 
+log = logging.getLogger(__name__)
 _GROUP_ROWS = 16_384
 _GROUP_BYTES = 64 << 20
 _READ_ROWS = 1_024
@@ -130,14 +132,15 @@ class Publisher:
                 entry = future.result()
             except ShardError as error:
                 self.done.failed[shard] = error
+                self._forget(shard)
+            except OSError as error:  # a full disk, a store that refuses: the fragments wait for the next run
+                self.done.failed[shard] = ShardError("unwritable", f"{type(error).__name__}: {error}")
+                log.error("%s cannot be published (%s); its fragments are kept for the next run", shard, error)
             else:
                 self._ledger.append(entry)
                 self.done.shards += 1
                 self.done.rows += entry.rows
-            finally:
-                # An unexpected error keeps the fragments for the next run.
-                if shard in self.done.failed or not future.exception():
-                    self._forget(shard)
+                self._forget(shard)
 
     def finish(self) -> None:
         """Wait for every publication under way."""

@@ -7,6 +7,7 @@ halving and becomes an error row. Knows nothing of reading or publishing shards.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import time
 from collections import Counter as Tally
@@ -173,7 +174,10 @@ class CaptionActor:
             return self._captioner.caption_pixels(pixels, options.decode, list(seeds), options.similarity)
         except Exception as error:  # halved until the frame at fault stands alone
             if _is_device_lost(error):
-                raise
+                # An exception would end the whole run; a dead actor costs its batch and is replaced.
+                log.error("this GPU answers no more (%s); the actor gives way to a new one", error)
+                logging.shutdown()
+                os._exit(1)
             out_of_memory = _is_out_of_memory(error)
             log.warning("a batch of %d failed (%s); halving it", len(pixels), error)
             if len(pixels) == 1:
