@@ -207,7 +207,6 @@ def test_the_output_opens_by_its_folder_with_pandas_duckdb_and_polars(dataset: t
     count = duckdb.sql(f"select count(caption) from read_parquet('{out}/**/*.parquet')").fetchall()
     assert count == [(80,)]
     assert pl.read_parquet(f"{out}/**/*.parquet").height == 80
-    assert pl.scan_parquet(out).collect().height == 80
 
 
 def test_chunks_cut_at_the_same_rows_after_an_interruption() -> None:

@@ -6,6 +6,7 @@ double work; so the lock favours simplicity. Knows nothing of shards.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,16 +46,17 @@ class OutputLock:
 
     def __enter__(self) -> Self:
         """Raises ``LockedError`` naming the holder, or ``StorageError`` if the place cannot be written."""
-        for _ in range(3):
-            if self._create():
-                self._heart.start()
-                return self
-            holder = _read(self._uri)
-            if holder is not None and not _is_void(holder):
-                raise LockedError(f"{self._uri} is held by {_describe(holder)}; wait for it, or stop it")
-            if holder is not None:
-                log.warning("taking over the lock of %s", _describe(holder))
-            self._remove(holder)
+        with _one_at_a_time(self._uri):
+            for _ in range(3):
+                if self._create():
+                    self._heart.start()
+                    return self
+                holder = _read(self._uri)
+                if holder is not None and not _is_void(holder):
+                    raise LockedError(f"{self._uri} is held by {_describe(holder)}; wait for it, or stop it")
+                if holder is not None:
+                    log.warning("taking over the lock of %s", _describe(holder))
+                self._remove(holder)
         raise LockedError(f"{self._uri} is being taken by another run; try again")
 
     def __exit__(
@@ -123,6 +127,26 @@ class OutputLock:
                 write_bytes_atomic(self._uri, self._content())
             except (OSError, StorageError) as error:
                 log.warning("heartbeat of %s failed: %s", self._uri, error)
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Between rivals of one file system: read, remove, create without another in between. The kernel's lock is
+    on the folder, so that nothing is left behind; object stores have none, there a heartbeat notices a rival."""
+    if not is_local(uri):
+        yield
+        return
+    folder = Path(open_fs(uri)[1]).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be written: {error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _read(uri: str) -> dict[str, Any] | None:
