@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 from shards import read_output, write_shards
 
 REPOSITORY = Path(__file__).parent.parent
+# `python` in an entrypoint is the one first on the head node's PATH, as in an activated environment.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ENVIRONMENT = {**os.environ, "PATH": PATH, "RAY_ADDRESS": "", "RAY_AUTH_MODE": "disabled"}
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -25,21 +29,23 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def dashboard() -> Iterator[str]:
     """A head node of its own with a dashboard; stopped by ending the processes that it started."""
     port, address = free_port(), free_port()
+    temporary = tempfile.mkdtemp(prefix="fc-", dir="/tmp")  # Ray's socket paths may not be long
     command = [
         RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={address}", f"--dashboard-port={port}",
         "--object-store-memory=200000000", "--disable-usage-stats", "--include-dashboard=true",
-        "--ray-client-server-port=0", f"--dashboard-agent-listen-port={free_port()}",
-        f"--temp-dir={tmp_path_factory.mktemp('ray', numbered=True)}",
+        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+        f"--temp-dir={temporary}",
     ]  # fmt: skip
-    head = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": ""}, stdout=subprocess.DEVNULL)
+    head = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         head.terminate()
         head.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(dashboard: str, working_dir: Path, *entrypoint: str) -> subprocess.CompletedProcess[str]:
     command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", str(working_dir), "--", *entrypoint]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT)
 
 
 def wait_until_up(dashboard: str) -> None:
