@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from framecap.demo import bundled_captioner
@@ -193,3 +194,8 @@ def test_the_bundled_captioner_is_right_about_unseen_compositions() -> None:
     figures = evaluate(Captioner.from_pretrained(bundled_captioner(), device="cpu"), scenes=120, seed=777)
     assert figures["right"] >= 0.85  # 90 % on 1,000 scenes is the promise; 120 scenes leave room for chance
     assert figures["pairs_right"] >= 0.95
+
+
+def test_every_frame_size_can_be_drawn_at_the_doubled_size_of_the_demo_videos(tmp_path: Path) -> None:
+    paths = write_demo_frames(tmp_path, videos=24, length=1)
+    assert sum(pq.read_metadata(path).num_rows for path in paths) == 24

@@ -150,9 +150,10 @@ _NOISE = np.random.default_rng(7).normal(0.0, 1.0, (512, 512, 3)).astype(np.floa
 def _with_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The picture with sensor noise and a change of brightness, both mild."""
     width, height = image.size
-    x, y = (int(rng.integers(512 - side + 1)) for side in (width, height))
+    x, y = (int(rng.integers(max(1, len(_NOISE) - side + 1))) for side in (width, height))
+    columns, rows = (np.arange(start, start + side) % len(_NOISE) for start, side in ((x, width), (y, height)))
     strength, gain = uniform(rng, 0.0, 7.0), uniform(rng, 0.93, 1.06)
-    pixels = np.asarray(image, dtype=np.float32) * gain + strength * _NOISE[y : y + height, x : x + width]
+    pixels = np.asarray(image, dtype=np.float32) * gain + strength * _NOISE[np.ix_(rows, columns)]
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
