@@ -8,6 +8,7 @@ they are; ``cross_attention`` feeds every layer of the decoder with all patch fe
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol
@@ -85,16 +86,16 @@ class BridgeConfig:
         return asdict(self)
 
 
-class PrefixBridge(nn.Module):
+class PrefixBridge(nn.Module, ABC):
     """Base of the bridges that turn pooled features into a prefix; a subclass gives ``prefix``."""
 
     def __init__(self, config: BridgeConfig) -> None:
         super().__init__()
         self.config = config
 
+    @abstractmethod
     def prefix(self, pooled: Tensor) -> Tensor:
         """[N, D] → [N, P·E] or [N, P, E]."""
-        raise NotImplementedError
 
     def forward(self, features: Features) -> tuple[Tensor | None, Tensor | None]:
         """Features → (prefix [N, P, E], None)."""
