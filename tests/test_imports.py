@@ -16,7 +16,8 @@ LAYERS = [
     {"errors", "schema", "_root"},
     {"storage", "settings"},
     {"model"},
-    {"pipeline", "training", "demo", "bench", "pack", "video", "verify", "report", "notebook"},
+    {"pipeline", "training", "bench", "pack", "video", "verify", "report", "notebook"},
+    {"demo"},
     {"cli"},
 ]
 ENGINE_MAY_IMPORT = {

@@ -3,7 +3,7 @@
 The contrastive loss is CLIP's (Radford et al. 2021). So that minutes on two CPU cores are enough, linear heads
 also read kind, colour, relation, setting … from the pooled embedding and from the patch features; they are
 dropped afterwards and never reach the captioner. A decoder reads the patches along the way and its caption
-loss is added (CoCa, Yu et al. 2022); the bridge training starts from it. Real ruCLIP towers had neither.
+loss is added (CoCa, Yu et al. 2022); ``train_captioner`` starts from that decoder. Real ruCLIP towers had neither.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from __future__ import annotations
 import logging
 import math
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from framecap.demo.caption_reader import CaptionReader, TokenRows
 from framecap.demo.pictures import PATCH_LABELS, SCENE_LABELS, Pictures
 from framecap.model.images import normalise
 from framecap.model.ruclip import ImageFeatures, RuClip
+from framecap.model.rugpt import RuGpt
+from framecap.training.examples import IGNORED
+from framecap.training.loss import CaptionLoss
 
 logger = logging.getLogger(__name__)
-READER_SUFFIX = ".reader.pt"
+BATCH_SIZE, PEAK_RATE, JITTER, LOG_EVERY = 64, 1e-3, 4, 200
+LOSS_WEIGHTS = {"contrastive": 1.0, "scene": 0.5, "patch": 2.0, "caption": 2.0}
 
 
 class AuxiliaryHeads(nn.Module):
@@ -50,16 +54,17 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
 
 
-def _auxiliary_loss(
-    heads: AuxiliaryHeads, features: ImageFeatures, scene: Tensor, patch: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_scene, of_patch = heads(features)
-    scene_loss = sum(F.cross_entropy(logits, scene[:, i]) for i, logits in enumerate(of_scene))
-    patch_loss = sum(
-        F.cross_entropy(logits.flatten(0, 1), patch[..., i].flatten()) for i, logits in enumerate(of_patch)
-    )
-    right = torch.stack([logits.argmax(-1) == scene[:, i] for i, logits in enumerate(of_scene[:6])]).all(0)
-    return torch.as_tensor(scene_loss), torch.as_tensor(patch_loss), right.float().mean()
+def labels_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropies of all labels added up; ``logits[i]`` is [..., classes of label i], ``labels`` [..., L]."""
+    each = [F.cross_entropy(of.flatten(0, -2), labels[..., i].flatten()) for i, of in enumerate(logits)]
+    return torch.stack(each).sum()
+
+
+def caption_targets(decoder: RuGpt, captions: Sequence[str]) -> Tensor:
+    """Captions as ids with ``</s>`` at the end, int64 [N, L], padded with ``IGNORED``."""
+    eos = decoder.config.eos_token_id or 0
+    rows = [torch.tensor([*decoder.tokenizer.encode(caption), eos]) for caption in captions]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
 
 def progress_rate(done: float, warmup: float = 0.03) -> float:
@@ -78,83 +83,79 @@ def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict
     ]
 
 
-def train_encoder(
-    encoder: RuClip,
-    train: Pictures,
-    test: Pictures,
-    minutes: float,
-    checkpoint: Path,
-    reader: CaptionReader,
-    seed: int = 0,
-    batch_size: int = 64,
-    peak_rate: float = 1e-3,
-) -> None:
-    """Train both towers for ``minutes``; the latest state is kept in ``checkpoint`` (published layout).
+def jittered(pixels: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Pictures [N, R, R, 3] moved by up to ``JITTER`` pixels each way, their edges continued."""
+    count, side = pixels.shape[:2]
+    down, right = rng.integers(-JITTER, JITTER + 1, (2, count, 1))
+    rows = np.clip(np.arange(side) + down, 0, side - 1)
+    columns = np.clip(np.arange(side) + right, 0, side - 1)
+    moved: npt.NDArray[np.uint8] = pixels[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved
 
-    ``reader`` gives the caption loss of a batch and learns along.
-    """
-    config = encoder.config
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    heads = AuxiliaryHeads(config.embed_dim, config.vision_width).to(encoder.device)
-    groups = parameter_groups([encoder, heads, reader.bridge, reader.decoder], 0.05)
-    optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.98))
-    ids = encoder.tokenize(train.captions)
-    ids = ids[:, : int((ids != 0).sum(1).max())]
-    rows_of = reader.token_rows(train.captions)
-    start, step, order, saved = time.monotonic(), 0, np.empty(0, dtype=np.int64), time.monotonic()
-    while (elapsed := (time.monotonic() - start) / 60) < minutes:
-        if len(order) < batch_size:
-            order = rng.permutation(len(train.captions))
-        rows, order = order[:batch_size], order[batch_size:]
-        for group in optimiser.param_groups:
-            group["lr"] = peak_rate * progress_rate(elapsed / minutes)
-        loss, parts = _step_loss(encoder, heads, reader, train, ids, rows_of, rows)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)  # type: ignore[attr-defined]
-        optimiser.step()
+
+class EncoderTraining:
+    """Both towers, the auxiliary heads and the reader, learning together for a given time."""
+
+    def __init__(self, encoder: RuClip, reader: CaptionLoss, train: Pictures, seed: int) -> None:
+        config = encoder.config
+        torch.manual_seed(seed)
+        self.encoder, self.reader, self.pictures = encoder, reader, train
+        self.heads = AuxiliaryHeads(config.embed_dim, config.vision_width).to(encoder.device)
+        self.rng = np.random.default_rng(seed)
+        ids = encoder.tokenize(train.captions)
+        self.texts = ids[:, : int((ids != 0).sum(1).max())]
+        self.targets = caption_targets(reader.decoder, train.captions)
+        groups = parameter_groups([encoder, self.heads, reader], 0.05)
+        self.parameters = [p for module in (encoder, self.heads, reader) for p in module.parameters()]
+        self.optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
+
+    def train(self, minutes: float, test: Pictures) -> None:
+        """Take steps at the scheduled rate until the time is over; a line of losses every ``LOG_EVERY``."""
+        start, step, order = time.monotonic(), 0, np.empty(0, dtype=np.int64)
+        while (elapsed := (time.monotonic() - start) / 60) < minutes:
+            if len(order) < BATCH_SIZE:
+                order = self.rng.permutation(len(self.pictures.captions))
+            rows, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+            losses = self._step(rows, PEAK_RATE * progress_rate(elapsed / minutes))
+            step += 1
+            if step % LOG_EVERY == 0:
+                named = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                logger.info("encoder step %d  %.1f min  %s", step, elapsed, named)
+            if step % (5 * LOG_EVERY) == 0:
+                logger.info("unseen compositions: %s", probe_encoder(self.encoder, self.heads, test))
+        logger.info("encoder finished: %d steps, %s", step, probe_encoder(self.encoder, self.heads, test))
+
+    def _step(self, rows: npt.NDArray[np.int64], rate: float) -> dict[str, float]:
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        losses = self._losses(rows)
+        total = torch.stack([LOSS_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
         with torch.no_grad():
-            encoder.logit_scale.clamp_(max=math.log(100))
-        step += 1
-        if step % 200 == 0:
-            logger.info(
-                "encoder step %d  %.1f min  contrastive %.3f  scene %.3f  patch %.3f  caption %.3f  right %.3f",
-                step, elapsed, *parts,
-            )  # fmt: skip
-        if time.monotonic() - saved > 90:
-            saved = time.monotonic()
-            encoder.save_pretrained(checkpoint)
-            torch.save(reader.state(), checkpoint.with_suffix(READER_SUFFIX))
-            logger.info("encoder step %d  unseen compositions: %s", step, probe_encoder(encoder, heads, test))
-    encoder.save_pretrained(checkpoint)
-    torch.save(reader.state(), checkpoint.with_suffix(READER_SUFFIX))
-    logger.info("encoder finished: %d steps, %s", step, probe_encoder(encoder, heads, test))
+            self.encoder.logit_scale.clamp_(max=math.log(100))
+        return {name: loss.item() for name, loss in losses.items()}
 
-
-def _step_loss(
-    encoder: RuClip,
-    heads: AuxiliaryHeads,
-    reader: CaptionReader,
-    train: Pictures,
-    ids: Tensor,
-    captions: TokenRows,
-    rows: np.ndarray,
-) -> tuple[Tensor, tuple[float, ...]]:
-    config, device = encoder.config, encoder.device
-    pixels = normalise(torch.from_numpy(train.pixels[rows]).to(device), config.mean, config.std)
-    # At 65 tokens plain attention is faster on a CPU than the fused kernel, backwards above all.
-    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        features = encoder.image_features(pixels)
-        texts = encoder.encode_text(ids[torch.from_numpy(rows)])
-        scene = torch.from_numpy(train.scene_labels[rows]).to(device)
-        patch = torch.from_numpy(train.patch_labels[rows].astype(np.int64)).to(device)
-        picked = torch.from_numpy(rows)
-        caption_loss = reader.loss(features, captions.ids[picked], captions.targets[picked])
-        scene_loss, patch_loss, right = _auxiliary_loss(heads, features, scene, patch)
-    contrastive = contrastive_loss(features.pooled, texts, encoder.logit_scale)
-    parts = tuple(float(part.detach()) for part in (contrastive, scene_loss, patch_loss, caption_loss, right))
-    return contrastive + 0.5 * scene_loss + 2 * patch_loss + 2 * caption_loss, parts
+    def _losses(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        encoder, train = self.encoder, self.pictures
+        config, device, picked = encoder.config, encoder.device, torch.from_numpy(rows)
+        pixels = torch.from_numpy(jittered(train.pixels[rows], self.rng)).to(device)
+        targets = self.targets[picked]
+        targets = targets[:, : int((targets != IGNORED).sum(1).max())].to(device)
+        # At 65 tokens plain attention is faster on a CPU than the fused kernel, backwards above all.
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            features = encoder.image_features(normalise(pixels, config.mean, config.std))
+            texts = encoder.encode_text(self.texts[picked])
+            scene, patch = self.heads(features)
+            caption = self.reader(features, targets) / (targets != IGNORED).sum()
+        return {
+            "contrastive": contrastive_loss(features.pooled, texts, encoder.logit_scale),
+            "scene": labels_loss(scene, torch.from_numpy(train.scene_labels[rows]).to(device)),
+            "patch": labels_loss(patch, torch.from_numpy(train.patch_labels[rows].astype(np.int64)).to(device)),
+            "caption": caption,
+        }
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
-"""Train the mini captioner from nothing, both bridges, and bundle the better.
+"""Train the mini captioner from nothing, with both bridges, and keep the better.
 
-    python -m framecap.demo.mini --out DIR [--minutes 60] [--threads 2]
+    python -m framecap.demo.mini --out DIR [--minutes 60] [--threads 1]
 
-``--minutes`` is the time spent learning; drawing and measuring come on top (some five minutes). DIR receives
-``encoder/``, ``mlp/`` and ``cross_attention/`` (two captioner directories), ``figures.json``, ``training.log``
-and ``best/``, a copy of the better captioner: what lies in ``framecap/demo/mini``. With ``--encoder`` an encoder
-that is already there is used, with ``--bridges mlp`` one bridge only is trained.
+1. draw scenes; 2. train the encoder on them for ``--minutes``, and a decoder that reads its patches along the way;
+3. draw other scenes as Parquet pairs; 4. for each bridge run what ``jobs/train_captioner.py`` runs; 5. measure on
+scenes of compositions nothing has seen. DIR receives ``encoder/``, ``decoder/``, ``pairs/``, ``mlp/`` and
+``cross_attention/`` (captioner directories, float16), ``figures.json``, ``training.log`` and ``best/``, a copy of the
+better captioner: what lies in ``framecap/demo/mini``. Parts that are already in DIR are not made again.
 """
 
 from __future__ import annotations
@@ -14,78 +15,69 @@ import argparse
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from framecap.demo.bridge_training import encode_pictures, train_bridge
-from framecap.demo.caption_reader import CaptionReader
-from framecap.demo.encoder_training import READER_SUFFIX, train_encoder
+from framecap.demo.encoder_training import EncoderTraining
 from framecap.demo.evaluate import evaluate
-from framecap.demo.pictures import Pictures, draw_pictures
-from framecap.demo.tokens import train_gpt_tokenizer, train_yttm
-from framecap.model.bpe import GptTokenizer
-from framecap.model.bridge import Bridge
-from framecap.model.captioner import BRIDGE_PREFIX, BRIDGE_WEIGHTS, Captioner
-from framecap.model.captioner_config import CaptionerConfig
-from framecap.model.convert import assemble
-from framecap.model.ruclip import RuClip, RuClipConfig
-from framecap.model.rugpt import RuGpt
-from framecap.model.weights import write_state_dict
+from framecap.demo.new_models import GRID, RESOLUTION, new_encoder, new_reader
+from framecap.demo.pairs import write_pairs
+from framecap.demo.pictures import draw_pictures
+from framecap.model.captioner import Captioner
+from framecap.model.convert import write_manifest
+from framecap.model.weights import read_state_dict, write_state_dict
+from framecap.training.run import train_captioner
+from framecap.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
-RESOLUTION, PATCH = 96, 12
-GRID = RESOLUTION // PATCH
-ENCODER_SHARE, BRIDGE_SHARE = 0.6, 0.2  # of the minutes; two bridges
 BRIDGES = ("mlp", "cross_attention")
-TRAIN_SEED, TEST_SEED, FINAL_SEED = 1, 2, 12345
+ENCODER_SEED, PROBE_SEED, PAIRS_SEED, TEST_SEED = 1, 2, 3, 12345
 
 
-@dataclass(frozen=True)
-class World:
-    """Training and test pictures, and the decoder's tokenizer."""
-
-    train: Pictures
-    test: Pictures
-    tokenizer: GptTokenizer
-
-
-def new_encoder(captions: Sequence[str]) -> RuClip:
-    """An untrained ruCLIP of the mini captioner's shape, with a vocabulary learnt from ``captions``."""
-    yttm = train_yttm(captions, 700)
-    config = RuClipConfig(
-        embed_dim=192, image_resolution=RESOLUTION, vision_layers=4, vision_width=128,
-        vision_patch_size=PATCH, context_length=40, vocab_size=yttm.vocab_size,
-        transformer_width=128, transformer_heads=2, transformer_layers=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return RuClip.from_config(config, yttm)
+def train_encoder(out: Path, scenes: int, minutes: float) -> None:
+    """Draw scenes and learn from them; leaves ``encoder/`` (float16) and ``decoder/`` as published checkpoints."""
+    train = draw_pictures(scenes, ENCODER_SEED, "train", RESOLUTION, GRID)
+    probe = draw_pictures(512, PROBE_SEED, "test", RESOLUTION, GRID)
+    logger.info("drew %d scenes", scenes)
+    encoder = new_encoder(train.captions, seed=0)
+    reader = new_reader(train.captions, encoder.config, seed=0)
+    EncoderTraining(encoder, reader, train, seed=0).train(minutes, probe)
+    reader.decoder.save_pretrained(out / "decoder")
+    encoder.half().save_pretrained(out / "encoder")
 
 
-def draw_world(scenes: int) -> World:
-    """``scenes`` training pictures and 1,000 of unseen compositions."""
-    train = draw_pictures(scenes, TRAIN_SEED, "train", RESOLUTION, GRID)
-    test = draw_pictures(1000, TEST_SEED, "test", RESOLUTION, GRID)
-    logger.info("drew %d scenes for training, 1000 for testing", scenes)
-    return World(train, test, train_gpt_tokenizer(train.captions[:20000], 800))
+def training_settings(out: Path, bridge: str, epochs: float, threads: int) -> TrainSettings:
+    """What ``jobs/train_captioner.py`` is told, as flags would say it."""
+    return TrainSettings(
+        encoder=str(out / "encoder"),
+        decoder=str(out / "decoder"),
+        pairs=str(out / "pairs"),
+        out=str(out / "trained" / bridge),
+        bridge=bridge,
+        prefix_length=6,
+        train="bridge+decoder",
+        epochs=epochs,
+        batch_size=128,
+        learning_rate=1e-3,
+        warmup=0.03,
+        weight_decay=0.02,
+        precision="bf16",
+        cpus_per_worker=threads,
+        encode_batch_size=256,
+        ray_address="local",
+    )
 
 
-def save_captioner(encoder: Path, bridge: Bridge, decoder: RuGpt, out: Path) -> Path:
-    """Write a captioner directory with weights in float16."""
-    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-        parts = Path(temporary)
-        RuClip.from_pretrained(encoder, dtype=torch.float16).save_pretrained(parts / "encoder")
-        state = {f"{BRIDGE_PREFIX}{name}": tensor for name, tensor in bridge.state_dict().items()}
-        state |= decoder.cross_attention_state()
-        half = {name: tensor.detach().half().contiguous() for name, tensor in state.items()}
-        write_state_dict(parts / BRIDGE_WEIGHTS, half)
-        decoder.half().save_pretrained(parts / "decoder")
-        shutil.rmtree(out, ignore_errors=True)
-        config = CaptionerConfig(bridge.config)
-        return assemble(parts / "encoder", parts / "decoder", parts / BRIDGE_WEIGHTS, out, config)
+def halved(captioner: Path, out: Path) -> Path:
+    """A copy of a captioner directory with its weights in float16."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(captioner, out)
+    for weights in out.rglob("*.safetensors"):
+        write_state_dict(weights, {name: tensor.half() for name, tensor in read_state_dict(weights).items()})
+    write_manifest(out)
+    return out
 
 
 def size_in_bytes(directory: Path) -> int:
@@ -93,55 +85,47 @@ def size_in_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def train_captioners(world: World, encoder: Path, kinds: Sequence[str], minutes: float, out: Path) -> None:
-    """Train one captioner per kind of bridge on the frozen encoder; figures.json says how good they are."""
-    tower = RuClip.from_pretrained(encoder)
-    train = (encode_pictures(tower, world.train), world.train)
-    test = (encode_pictures(tower, world.test), world.test)
-    logger.info("encoded %d scenes", len(world.train.captions))
-    for kind in kinds:
-        torch.manual_seed(0)
-        reader = CaptionReader.new(kind, tower.config, world.tokenizer)
-        reader.start_from(encoder.with_suffix(READER_SUFFIX))
-        train_bridge(reader, train, test, minutes)
-        directory = save_captioner(encoder, reader.bridge, reader.decoder, out / kind)
-        figures = evaluate(Captioner.from_pretrained(directory), 1000, FINAL_SEED)
-        figures |= {"bytes": size_in_bytes(directory)}
-        (out / f"{kind}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        logger.info("%s: %s", kind, json.dumps(figures))
-
-
-def bundle_better(kinds: Sequence[str], out: Path) -> str:
-    """Copy the captioner with more right captions to ``out/best``; its kind."""
-    figures = {kind: json.loads((out / f"{kind}.json").read_text(encoding="utf-8")) for kind in kinds}
-    best = max(kinds, key=lambda kind: figures[kind]["right"])
+def keep_better(figures: dict[str, dict[str, float]], out: Path) -> str:
+    """Copy the captioner with more right captions to ``out/best`` and write figures.json; its bridge."""
+    best = max(figures, key=lambda bridge: figures[bridge]["right"])
     shutil.rmtree(out / "best", ignore_errors=True)
     shutil.copytree(out / best, out / "best")
     (out / "figures.json").write_text(json.dumps({"best": best} | figures, indent=2) + "\n", encoding="utf-8")
     return best
 
 
+def train_mini(out: Path, minutes: float, scenes: int, pairs: int, epochs: float, threads: int) -> str:
+    """All five steps of the module's docstring; the name of the better bridge."""
+    if not (out / "encoder" / "config.json").is_file():
+        train_encoder(out, scenes, minutes)
+    if not (out / "pairs" / "drawn.parquet").is_file():
+        write_pairs(out / "pairs" / "drawn.parquet", pairs, pairs // 40, PAIRS_SEED)
+        logger.info("drew %d pairs", pairs)
+    figures = {}
+    for bridge in BRIDGES:
+        if not (out / bridge).is_dir():
+            halved(train_captioner(training_settings(out, bridge, epochs, threads)), out / bridge)
+        figures[bridge] = evaluate(Captioner.from_pretrained(out / bridge), 1000, TEST_SEED)
+        figures[bridge]["bytes"] = size_in_bytes(out / bridge)
+        logger.info("%s: %s", bridge, json.dumps(figures[bridge]))
+    return keep_better(figures, out)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60, help="minutes of learning, all stages together")
-    parser.add_argument("--scenes", type=int, default=90_000, help="training pictures (28 kB of memory each)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--encoder", type=Path, help="use this encoder instead of training one")
-    parser.add_argument("--bridges", nargs="+", choices=BRIDGES, default=BRIDGES)
+    parser.add_argument("--minutes", type=float, default=60, help="minutes the encoder learns for")
+    parser.add_argument("--scenes", type=int, default=120_000, help="pictures it learns from (28 kB of memory each)")
+    parser.add_argument("--pairs", type=int, default=60_000, help="pictures the bridges learn from")
+    parser.add_argument("--epochs", type=float, default=6, help="passes over those pairs")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(args.out / "training.log")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     torch.set_num_threads(args.threads)
-    world = draw_world(args.scenes)
-    encoder = args.encoder or args.out / "encoder"
-    if args.encoder is None:
-        tower = new_encoder(world.train.captions[:20000])
-        reader = CaptionReader.new("cross_attention", tower.config, world.tokenizer)
-        train_encoder(tower, world.train, world.test, ENCODER_SHARE * args.minutes, encoder, reader)
-    train_captioners(world, encoder, args.bridges, BRIDGE_SHARE * args.minutes, args.out)
-    logger.info("the better bridge: %s", bundle_better(args.bridges, args.out))
+    best = train_mini(args.out.absolute(), args.minutes, args.scenes, args.pairs, args.epochs, args.threads)
+    logger.info("the better bridge: %s", best)
     return 0
 
 
