@@ -199,3 +199,78 @@ def test_the_bundled_captioner_is_right_about_unseen_compositions() -> None:
 def test_every_frame_size_can_be_drawn_at_the_doubled_size_of_the_demo_videos(tmp_path: Path) -> None:
     paths = write_demo_frames(tmp_path, videos=24, length=1)
     assert sum(pq.read_metadata(path).num_rows for path in paths) == 24
+
+
+def test_training_pairs_hold_no_composition_that_is_held_out(tmp_path: Path) -> None:
+    from framecap.demo.pairs import write_pairs
+
+    write_pairs(tmp_path / "pairs.parquet", training=40, validation=10, seed=3)
+    table = pq.read_table(tmp_path / "pairs.parquet")
+    assert table["split"].to_pylist() == ["train"] * 40 + ["validation"] * 10
+    held_out = {c for scene in draw_scenes(4000, 1, "test") for c in scene.compositions()}
+    captions = table["caption"].to_pylist()
+    scenes = [*draw_scenes(40, 3, "train"), *draw_scenes(10, 4, "train")]
+    assert [parse(caption) for caption in captions] == [claims_of(scene) for scene in scenes]
+    assert held_out.isdisjoint(c for scene in scenes for c in scene.compositions())
+
+
+def test_a_moved_picture_is_the_same_picture_elsewhere() -> None:
+    from framecap.demo.encoder_training import JITTER, jittered
+
+    pixels = np.zeros((20, 32, 32, 3), dtype=np.uint8)
+    pixels[:, 16, 16] = 255
+    moved = jittered(pixels, np.random.default_rng(0))
+    places = np.argwhere(moved[..., 0] == 255)
+    assert len(places) == 20
+    assert np.abs(places[:, 1:] - 16).max() == JITTER
+    assert len({tuple(place[1:]) for place in places}) > 10
+
+
+def test_the_encoder_and_its_reader_learn_from_a_few_pictures() -> None:
+    from framecap.demo.encoder_training import EncoderTraining
+    from framecap.demo.new_models import GRID, RESOLUTION, new_encoder, new_reader
+    from framecap.demo.pictures import draw_pictures
+
+    pictures = draw_pictures(8, 5, "train", RESOLUTION, GRID)
+    encoder = new_encoder(pictures.captions, seed=0)
+    training = EncoderTraining(encoder, new_reader(pictures.captions, encoder.config, 0), pictures, seed=0)
+    first, *_, last = [training.step(np.arange(8), 1e-3) for _ in range(12)]
+    assert all(last[name] < first[name] for name in ("contrastive", "scene", "patch", "caption"))
+
+
+def test_a_halved_captioner_is_smaller_and_says_the_same(tmp_path: Path) -> None:
+    import shutil
+
+    from framecap.demo.mini import halved, size_in_bytes
+    from framecap.model.captioner import Captioner
+    from framecap.model.weights import read_state_dict, write_state_dict
+
+    whole = Path(shutil.copytree(bundled_captioner(), tmp_path / "whole"))
+    for weights in whole.rglob("*.safetensors"):
+        write_state_dict(weights, {name: tensor.float() for name, tensor in read_state_dict(weights).items()})
+    half = halved(whole, tmp_path / "half")
+    assert size_in_bytes(half) < 0.6 * size_in_bytes(whole)
+    frames = [draw_frame(scene, np.random.default_rng(1))[0] for scene in draw_scenes(3, 1, "test")]
+    same = [Captioner.from_pretrained(where, device="cpu").caption(frames) for where in (half, bundled_captioner())]
+    assert same[0] == same[1]
+
+
+def test_the_better_bridge_is_kept(tmp_path: Path) -> None:
+    from framecap.demo.mini import keep_better
+
+    for name in ("mlp", "cross_attention"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "who").write_text(name)
+    assert keep_better({"mlp": {"right": 0.91}, "cross_attention": {"right": 0.9}}, tmp_path) == "mlp"
+    assert (tmp_path / "best" / "who").read_text() == "mlp"
+    assert json.loads((tmp_path / "figures.json").read_text())["best"] == "mlp"
+
+
+@pytest.mark.soak
+def test_one_command_makes_the_mini_captioner_from_nothing(tmp_path: Path) -> None:
+    from framecap.demo.mini import train_mini
+    from framecap.model.captioner import Captioner
+
+    best = train_mini(tmp_path, minutes=0.2, scenes=300, pairs=400, epochs=2, threads=1)
+    assert Captioner.from_pretrained(tmp_path / "best").config.bridge.kind == best
+    assert sum(path.stat().st_size for path in (tmp_path / "best").rglob("*") if path.is_file()) <= MAX_BYTES

@@ -116,7 +116,7 @@ class EncoderTraining:
             if len(order) < BATCH_SIZE:
                 order = self.rng.permutation(len(self.pictures.captions))
             rows, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
-            losses = self._step(rows, PEAK_RATE * progress_rate(elapsed / minutes))
+            losses = self.step(rows, PEAK_RATE * progress_rate(elapsed / minutes))
             step += 1
             if step % LOG_EVERY == 0:
                 named = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -125,7 +125,8 @@ class EncoderTraining:
                 logger.info("unseen compositions: %s", probe_encoder(self.encoder, self.heads, test))
         logger.info("encoder finished: %d steps, %s", step, probe_encoder(self.encoder, self.heads, test))
 
-    def _step(self, rows: npt.NDArray[np.int64], rate: float) -> dict[str, float]:
+    def step(self, rows: npt.NDArray[np.int64], rate: float) -> dict[str, float]:
+        """Learn from the pictures ``rows`` (int64 [B]) at this learning rate; the losses by name, unweighted."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         losses = self._losses(rows)
