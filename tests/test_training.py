@@ -146,6 +146,16 @@ def test_a_killed_run_started_again_ends_with_the_same_steps_and_loss(tmp_path: 
     assert train_losses(killed)[60] == pytest.approx(train_losses(whole)[60], rel=1e-3)
 
 
+def test_bf16_on_the_cpu_follows_the_loss_of_fp32(tmp_path: Path, pairs: Path) -> None:
+    for bridge in ("mlp", "cross_attention"):
+        whole = settings(tmp_path / f"{bridge}-32", pairs, bridge=bridge)
+        half = settings(tmp_path / f"{bridge}-16", pairs, bridge=bridge, precision="bf16")
+        train_locally(whole)
+        train_locally(half)
+        assert train_losses(half) != train_losses(whole)
+        assert train_losses(half) == pytest.approx(train_losses(whole), rel=0.02)
+
+
 def test_a_work_dir_of_another_run_is_refused(tmp_path: Path, pairs: Path) -> None:
     train_locally(settings(tmp_path, pairs, steps=2, work_dir=str(tmp_path / "run")))
     with pytest.raises(TrainingError, match=r"learning_rate = 0\.003, this one has 0\.1"):

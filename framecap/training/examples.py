@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -97,8 +98,14 @@ def batch_at(step: int, count: int, batch_size: int, seed: int) -> np.ndarray:
     """Examples of ``step`` (from 0), int64 [batch_size], out of ``count``."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // count
-    orders = {epoch: np.random.default_rng([seed, 2, int(epoch)]).permutation(count) for epoch in np.unique(epochs)}
-    return np.array([orders[epoch][position % count] for epoch, position in zip(epochs, positions, strict=True)])
+    parts = [_order(seed, int(e), count)[positions[epochs == e] - e * count] for e in np.unique(epochs)]
+    return np.concatenate(parts)
+
+
+@lru_cache(maxsize=2)  # a batch lies in one epoch or on the border of two
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The permutation of ``count`` examples that ``epoch`` takes."""
+    return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
 
 def shares(batch: np.ndarray, rank: int, world: int, pieces: int) -> Iterator[np.ndarray]:

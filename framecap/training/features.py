@@ -147,7 +147,7 @@ class EncodedPairs:
 
         Only the kind that was stored is filled; the other is an empty tensor.
         """
-        rows = np.stack([self.arrays[part][row] for part, row in self.places[images]])
-        tensor = torch.from_numpy(rows.astype(np.float32)).to(device)
+        rows = np.stack([self.arrays[part][row] for part, row in self.places[images].tolist()])
+        tensor = torch.from_numpy(rows).to(device).float()
         empty = tensor.new_empty(0)
         return ImageFeatures(empty, tensor) if self.feature == "patches" else ImageFeatures(tensor, empty)
