@@ -79,7 +79,7 @@ class JobSettings(BaseSettings):
     config: Path | None = Field(None, description="YAML file with any of these settings, by name")
     storage_options: dict[str, Any] = Field(
         default={},
-        description='options for fsspec as JSON, e.g. {"endpoint_url": "http://…"} for an S3 endpoint',
+        description='fsspec options as JSON, by scheme: {"s3": {"endpoint_url": "http://…"}}; flat for one store',
     )
 
     @classmethod

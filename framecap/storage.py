@@ -1,8 +1,9 @@
 """All file access by URI: fsspec opens, lists and publishes; remote captioners are copied once per node.
 
 Local paths need no fsspec backend; ``s3://``, ``gs://`` and ``abfs://`` need the extra of that name.
-Options for the backend (endpoint, keys, retries) are a JSON object in ``FRAMECAP_STORAGE_OPTIONS``, so that
-they reach every Ray worker through its environment. Knows nothing of shards, captions or models.
+Options for the backends (endpoint, keys, retries) are a JSON object in ``FRAMECAP_STORAGE_OPTIONS``, so that
+they reach every Ray worker through its environment: ``{"s3": {...}, "gs": {...}}``, each for its own scheme, or
+a flat object for the object store in use. Knows nothing of shards, captions or models.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import posixpath
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from framecap.errors import ChecksumError, MissingFileError, SettingsError, Stor
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
 MANIFEST = "manifest.json"
-_EXTRAS = {
+_EXTRAS = {  # scheme → the object store, which is also the name of framecap's extra
     "s3": "s3",
     "s3a": "s3",
     "gs": "gcs",
@@ -65,14 +66,59 @@ def storage_options() -> dict[str, Any]:
     return options
 
 
+def options_for(uri: str) -> dict[str, Any]:
+    """Those of ``storage_options`` that are meant for ``uri``: its scheme's own, or flat ones if it is on an
+    object store.
+
+    Raises:
+        SettingsError: some options are by scheme and others are not.
+    """
+    if is_local(uri):
+        return {}
+    options, store = storage_options(), _store(uri)
+    if _by_scheme(options):
+        return next((own for scheme, own in options.items() if _EXTRAS.get(scheme, scheme) == store), {})
+    return options if store in _EXTRAS.values() else {}
+
+
+def name_scheme(options: dict[str, Any], uris: Iterable[str]) -> dict[str, Any]:
+    """Flat ``options`` under the scheme of the one store that ``uris`` lie on, so that no other gets them.
+
+    Raises:
+        SettingsError: the URIs lie on several object stores, and the options do not say whose they are.
+    """
+    if not options or _by_scheme(options):
+        return options
+    schemes = {_store(uri): uri.partition("://")[0] for uri in uris if not is_local(uri)}
+    stores = [store for store in schemes if store in _EXTRAS.values()] or list(schemes)
+    if len(stores) > 1:
+        named = ", ".join(f'"{schemes[store]}": {{…}}' for store in sorted(stores))
+        raise SettingsError(f"--storage-options do not say which store they are for; write them as {{{named}}}")
+    return {schemes[stores[0]]: options} if stores else options
+
+
+def _store(uri: str) -> str:
+    scheme = uri.partition("://")[0]
+    return _EXTRAS.get(scheme, scheme)
+
+
+def _by_scheme(options: dict[str, Any]) -> bool:
+    schemes = [name for name in options if name in fsspec.available_protocols() and isinstance(options[name], dict)]
+    if schemes and len(schemes) < len(options):
+        loose = next(name for name in options if name not in schemes)
+        raise SettingsError(f"storage option {loose!r} stands beside {schemes[0]!r}; put it under its scheme too")
+    return bool(schemes)
+
+
 def open_fs(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that holds ``uri``, and the path of ``uri`` in it.
 
     Raises:
         StorageError: no backend is installed for the URI's scheme.
+        SettingsError: the storage options are not what ``options_for`` reads.
     """
     text = os.fspath(uri)
-    options = {} if is_local(text) else storage_options()
+    options = options_for(text)
     scheme = text.partition("://")[0]
     try:
         fs, path = url_to_fs(text, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from framecap.storage import (
     join,
     local_copy,
     manifest_files,
+    name_scheme,
     open_fs,
+    options_for,
     read_bytes,
     storage_options,
     write_bytes_atomic,
@@ -62,6 +65,56 @@ def test_storage_options_that_are_no_json_object_are_refused(text: str, monkeypa
     monkeypatch.setenv(OPTIONS_VARIABLE, text)
     with pytest.raises(SettingsError, match=OPTIONS_VARIABLE):
         storage_options()
+
+
+FLAT, BY_SCHEME = {"key": "a", "client_kwargs": {"x": 1}}, {"s3": {"key": "a"}, "gs": {"project": "p"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "uri", "expected"),
+    [
+        (BY_SCHEME, "s3://b/x", {"key": "a"}),
+        (BY_SCHEME, "s3a://b/x", {"key": "a"}),
+        (BY_SCHEME, "gcs://b/x", {"project": "p"}),
+        (BY_SCHEME, "https://host/x.jpg", {}),
+        (BY_SCHEME, "/local/x", {}),
+        (FLAT, "s3://b/x", FLAT),
+        (FLAT, "https://host/x.jpg", {}),
+        (FLAT, "file:///x", {}),
+    ],
+)
+def test_options_reach_the_scheme_that_they_are_for(
+    options: dict[str, object], uri: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OPTIONS_VARIABLE, json.dumps(options))
+    assert options_for(uri) == expected
+
+
+def test_flat_options_belong_to_the_one_store_of_a_run() -> None:
+    assert name_scheme(FLAT, ["s3://in", "/out", "https://host/captioner"]) == {"s3": FLAT}
+    assert name_scheme(FLAT, ["sftp://host/in", "/out"]) == {"sftp": FLAT}
+    assert name_scheme(FLAT, ["/in", "/out"]) == FLAT
+    assert name_scheme(BY_SCHEME, ["s3://in", "gs://out"]) == BY_SCHEME
+
+
+def test_flat_options_of_a_run_on_two_stores_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r'write them as \{"gs": \{…\}, "s3": \{…\}\}'):
+        name_scheme(FLAT, ["s3://in", "gs://out"])
+
+
+def test_options_by_scheme_and_flat_ones_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OPTIONS_VARIABLE, json.dumps({"s3": {"key": "a"}, "anon": True}))
+    with pytest.raises(SettingsError, match="'anon' stands beside 's3'"):
+        options_for("s3://b/x")
+
+
+@pytest.mark.parametrize(("uri", "extra"), [("gs://b/x", "gcs"), ("abfs://c/x", "azure")])
+def test_a_store_whose_package_is_missing_says_what_to_install(
+    uri: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, {"gcs": "gcsfs", "azure": "adlfs"}[extra], None)  # as if not installed
+    with pytest.raises(StorageError, match=rf"pip install 'framecap\[{extra}\]'"):
+        open_fs(uri)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../outside"])

@@ -25,7 +25,16 @@ from framecap.pipeline.read import ReadOptions
 from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.settings import CaptionSettings
 from framecap.schema import SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
-from framecap.storage import MANIFEST, OPTIONS_VARIABLE, is_local, join, local_copy, open_fs, storage_options
+from framecap.storage import (
+    MANIFEST,
+    OPTIONS_VARIABLE,
+    is_local,
+    join,
+    local_copy,
+    name_scheme,
+    open_fs,
+    storage_options,
+)
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +149,10 @@ def prepare(settings: CaptionSettings) -> Job:
 
     Raises ``SettingsError``, ``CaptionerError`` or ``StorageError`` with one line that says the fix.
     """
-    if settings.storage_options:
-        os.environ[OPTIONS_VARIABLE] = json.dumps(settings.storage_options)
     captioner = settings.captioner or str(Path(framecap.__file__).parent / "demo" / "mini")
+    places = (settings.input_uri, settings.output_uri, captioner)
+    if settings.storage_options:
+        os.environ[OPTIONS_VARIABLE] = json.dumps(name_scheme(settings.storage_options, places))
     directory = _local_captioner(captioner)
     encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
     source = list_input(settings.input_uri)
