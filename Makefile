@@ -18,7 +18,7 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 
 soak: .venv/dev.stamp
-	$(BIN)/python -m pytest -m soak --timeout 7200
+	$(BIN)/python -m pytest -m soak -s --timeout 7200
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "framecap needs Python 3.11, 3.12 or 3.13; none was found on PATH." >&2; exit 1; }
