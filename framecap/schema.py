@@ -23,6 +23,8 @@ STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_ERROR)
 
 REUSED_IDENTICAL = "identical"  # the same bytes were captioned before in this run
 REUSED_SIMILAR = "similar"  # the frame before it in the same video was near enough (--reuse-similarity)
+# --reuse-similarity looks within blocks of so many rows of a shard, the same ones however a run was cut.
+REUSE_ROWS = 64
 
 CAPTION_FIELDS = (
     pa.field("caption", pa.string()),
@@ -64,6 +66,7 @@ class InputColumns:
     image: str = "image"
     image_uri: str = "image_uri"
     keep: tuple[str, ...] | None = None
+    video: str | None = None  # only with --reuse-similarity
 
     def check(self, schema: pa.Schema, added: pa.Schema) -> None:
         """Raise ``ShardError`` (``missing_column``, ``wrong_type``, ``column_conflict``) if unusable."""
@@ -83,6 +86,10 @@ class InputColumns:
             )
         if self.image_uri in names and not _is_uri(uri_type := schema.field(self.image_uri).type):
             raise ShardError("wrong_type", f"{self.image_uri!r} is {uri_type}; it must be string")
+        if self.video is not None and self.video not in names:
+            raise ShardError(
+                "missing_column", f"no --video-column {self.video!r} to group by; it has {_listed(schema)}"
+            )
         if missing := [name for name in self.keep or () if name not in names]:
             raise ShardError("missing_column", f"no column {missing[0]!r} to keep; it has {_listed(schema)}")
         if conflicts := sorted(set(self.kept(schema)) & set(added.names)):
@@ -99,7 +106,7 @@ class InputColumns:
 
     def read(self, schema: pa.Schema) -> list[str]:
         """The input columns that captioning itself reads."""
-        return [name for name in schema.names if name in (self.frame_id, self.image, self.image_uri)]
+        return [name for name in schema.names if name in (self.frame_id, self.image, self.image_uri, self.video)]
 
 
 def output_schema(source: pa.Schema, columns: InputColumns, added: pa.Schema) -> pa.Schema:

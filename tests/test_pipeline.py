@@ -163,6 +163,36 @@ def test_near_frames_of_one_video_share_a_caption_only_on_request(tmp_path: Path
 
 
 @here
+def test_what_near_frames_share_does_not_depend_on_the_cut(tmp_path: Path, tiny_captioner_dir: Path) -> None:
+    (tmp_path / "in").mkdir()
+    images = [jpeg(row // 7, (48 + row % 7, 40)) for row in range(150)]
+    images[70] = images[3]  # the same bytes in another block of rows
+    videos = [f"v{row % 2}" for row in range(150)]
+    table = pa.table({"frame_id": range(150), "video_id": videos, "image": images})
+    pq.write_table(table, tmp_path / "in" / "near.parquet", row_group_size=41)
+    columns = ["caption", "caption_status", "caption_reused"]
+    found = []
+    for size in (16, 64, 150):
+        out = tmp_path / f"out{size}"
+        caption(tmp_path / "in", out, tiny_captioner_dir, reuse_similarity=0.95, batch_size=size)
+        found.append(read_output(out)["near.parquet"].select(columns))
+    assert found[0].equals(found[1])
+    assert found[0].equals(found[2])
+    shared = found[0].column("caption_reused").to_pylist()
+    assert 20 < shared.count("similar") < 148
+    assert shared[64:66] == [None, None], "a new block, so each video starts with a caption of its own"
+
+
+@here
+def test_a_video_column_that_is_not_there_is_said_of_the_shard(tmp_path: Path, tiny_captioner_dir: Path) -> None:
+    write_shards(tmp_path / "in", 1, 3)
+    places = (tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
+    summary = caption(*places, reuse_similarity=0.9, video_column="clip")
+    assert summary.exit_code == 3
+    assert summary.failed_shards["s000.parquet"].startswith("missing_column: no --video-column 'clip' to group by")
+
+
+@here
 def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path, tiny_captioner_dir: Path) -> None:
     write_shards(tmp_path / "in", 1, 12)
     outputs = []
@@ -197,16 +227,19 @@ def test_only_the_columns_asked_for_are_kept(
     assert [name for name in rows.column_names if not name.startswith("caption")] == columns
 
 
-def test_the_output_opens_by_its_folder_with_pandas_duckdb_and_polars(dataset: tuple[Path, Path]) -> None:
+def test_the_output_opens_as_the_readme_says(dataset: tuple[Path, Path]) -> None:
+    """pandas and DuckDB by the folder alone; Polars by a pattern, since it looks into ``_framecap/`` as well."""
     import duckdb
     import pandas as pd
     import polars as pl
 
     out = dataset[1]
+    assert (out / "_framecap" / "ledger.jsonl").is_file()
     assert len(pd.read_parquet(out)) == 80
-    count = duckdb.sql(f"select count(caption) from read_parquet('{out}/**/*.parquet')").fetchall()
-    assert count == [(80,)]
+    for place in (f"read_parquet('{out}/')", f"'{out}/**/*.parquet'"):
+        assert duckdb.sql(f"select count(caption) from {place}").fetchall() == [(80,)]
     assert pl.read_parquet(f"{out}/**/*.parquet").height == 80
+    assert pl.scan_parquet(f"{out}/**/*.parquet").collect().height == 80
 
 
 def test_chunks_cut_at_the_same_rows_after_an_interruption() -> None:

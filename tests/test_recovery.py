@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -16,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
-from shards import caption, read_output, state_files, without_ray, write_shards
+from shards import caption, jpeg, read_output, shard_table, state_files, without_ray, write_shards
 
 from framecap.errors import LockedError
 from framecap.pipeline.lock import OutputLock
@@ -206,28 +207,69 @@ def test_a_run_whose_lock_was_taken_away_notices(tmp_path: Path) -> None:
             lock.check()
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(7200)
-def test_ten_kills_of_driver_and_actors_change_no_byte_of_the_captions(
-    ray_cluster: None, tmp_path: Path, tiny_captioner_dir: Path
+@pytest.fixture
+def fragments_stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if runs were killed between publishing a shard and deleting its fragments; undone by the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("framecap.pipeline.publish.delete_fragment", lambda folder, name: None)
+        yield patch
+
+
+def forget_outputs(out: Path) -> None:
+    """As if the run had been killed before it published anything."""
+    for path in [*out.rglob("*.parquet"), out / "_framecap" / "ledger.jsonl"]:
+        path.unlink()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_fragments_left_after_publishing_do_not_stand_in_for_a_retry(
+    tmp_path: Path, tiny_captioner_dir: Path, fragments_stay: pytest.MonkeyPatch
 ) -> None:
-    """40 shards, 20,000 frames; the driver, then the actors, are killed by turns at random moments."""
-    source, out, calm = tmp_path / "in", tmp_path / "out", tmp_path / "calm"
-    write_shards(source, 40, 500, row_group_size=100)
-    assert caption(source, calm, tiny_captioner_dir, batch_size=64, max_new_tokens=40).exit_code == 0
-    chance = random.Random(7)
-    before: dict[Path, int] = {}
-    flags = ("--batch-size", "64")
-    for turn in range(10):
-        with started_job(source, out, tiny_captioner_dir, *flags) as job:
-            seen, wanted = len(published(out)), chance.randint(1, 3)
-            wait_for(lambda seen=seen, wanted=wanted: len(published(out)) >= seen + wanted, job)  # type: ignore[misc]
-            if turn % 2:
-                kill_actors()
-                wait_for(lambda seen=seen, wanted=wanted: len(published(out)) > seen + wanted, job)  # type: ignore[misc]
-        assert before.items() <= published(out).items(), "a published shard was written again"
-        before = published(out)
-    with started_job(source, out, tiny_captioner_dir, *flags) as job:
-        assert job.wait(timeout=1200) == 0
-    assert_same(out, calm)
+    (tmp_path / "in").mkdir()
+    table = pa.table({"frame_id": range(6), "image_uri": [f"{row}.jpg" for row in range(6)]})
+    pq.write_table(table, tmp_path / "in" / "uris.parquet")
+    places = (tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
+    settings = {"fetch_retries": 0, "max_error_rate": 1.0}
+    for row in range(3):
+        (tmp_path / "in" / f"{row}.jpg").write_bytes(jpeg(row))
+    caption(*places, **settings)
+    (tmp_path / "in" / "3.jpg").write_bytes(jpeg(3))
+    first = caption(*places, **settings, retry_errors=True)
+    (tmp_path / "in" / "4.jpg").write_bytes(jpeg(4))
+    assert fragments(tmp_path / "out")
+    fragments_stay.undo()
+    second = caption(*places, **settings, retry_errors=True)
+    assert (first.captioned_rows, second.captioned_rows) == (3, 2)
+    statuses = read_output(tmp_path / "out")["uris.parquet"].column("caption_status").to_pylist()
+    assert statuses == ["truncated"] * 5 + ["error"]
+    assert state_files(tmp_path / "out") == []
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_of_a_fragment_of_two_shards_only_the_unchanged_one_counts(
+    tmp_path: Path, tiny_captioner_dir: Path, fragments_stay: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    names = write_shards(source, 2, 3)
+    caption(source, out, tiny_captioner_dir)
+    forget_outputs(out)
+    pq.write_table(shard_table("new", 3, 500), source / names[0])
+    fragments_stay.undo()
+    summary = caption(source, out, tiny_captioner_dir)
+    assert (summary.recovered_rows, summary.captioned_rows) == (3, 3)
+    caption(source, tmp_path / "afresh", tiny_captioner_dir)
+    assert_same(out, tmp_path / "afresh")
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_limited_run_keeps_the_fragments_of_the_shards_it_leaves(
+    tmp_path: Path, tiny_captioner_dir: Path, fragments_stay: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_shards(source, 4, 3)  # two and a half share a batch of eight
+    caption(source, out, tiny_captioner_dir)
+    forget_outputs(out)
+    fragments_stay.undo()
+    runs = [caption(source, out, tiny_captioner_dir, limit=1), caption(source, out, tiny_captioner_dir)]
+    assert [(run.recovered_rows, run.captioned_rows) for run in runs] == [(3, 0), (9, 0)]
     assert state_files(out) == []

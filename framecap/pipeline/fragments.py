@@ -83,4 +83,4 @@ def delete_fragment(folder: str, name: str) -> None:
 
 
 def _as_lists(pieces: Chunk) -> list[list[object]]:
-    return [[piece.shard, piece.signature, piece.start, piece.stop] for piece in pieces]
+    return [[piece.shard, piece.signature, piece.start, piece.stop, piece.basis] for piece in pieces]

@@ -24,7 +24,7 @@ from framecap.pipeline.publish import Places
 from framecap.pipeline.read import ReadOptions
 from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.settings import CaptionSettings
-from framecap.schema import SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
+from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
 from framecap.storage import (
     MANIFEST,
     OPTIONS_VARIABLE,
@@ -111,6 +111,13 @@ class Job:
     def sized_for(self, resources: Resources) -> Job:
         return replace(self, batch_size=resources.batch_size)
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows captioned together; whole blocks of ``REUSE_ROWS`` where captions are shared within such."""
+        if self.settings.reuse_similarity is None:
+            return self.batch_size
+        return max(1, self.batch_size // REUSE_ROWS) * REUSE_ROWS
+
     def read_options(self) -> ReadOptions:
         s = self.settings
         return ReadOptions(
@@ -123,7 +130,6 @@ class Job:
             fetch_threads=s.fetch_threads,
             fetch_retries=s.fetch_retries,
             share_identical=self.share_identical,
-            video_column=s.video_column if s.reuse_similarity else None,
         )
 
     def actor_options(self) -> ActorOptions:
@@ -185,7 +191,9 @@ def _deciding(settings: CaptionSettings, decode: DecodeOptions) -> dict[str, obj
     columns = ["id_column", "image_column", "image_uri_column"]
     if settings.reuse_similarity is not None:
         columns.append("video_column")
+    blocks = {} if settings.reuse_similarity is None else {"reuse_rows": REUSE_ROWS}
     return {
+        **blocks,
         "schema": SCHEMA_VERSION,
         "image_transform": IMAGE_TRANSFORM_VERSION,
         "decode_options": decode.to_dict(),

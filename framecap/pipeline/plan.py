@@ -32,13 +32,15 @@ _BUNDLE = 64  # tiny shards that may share a chunk
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """A shard to do: ``todo`` are the rows that must be captioned, all of them unless ``errors``."""
+    """A shard to do: ``todo`` are the rows that must be captioned, all of them unless ``errors``; ``basis`` is
+    the mark of the caption shard that is then improved."""
 
     shard: str
     signature: str
     rows: int
     reason: str
     todo: tuple[Range, ...]
+    basis: str = ""
 
     @property
     def todo_rows(self) -> int:
@@ -47,12 +49,18 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows [start, stop) of one shard within a chunk."""
+    """Rows [start, stop) of one shard within a chunk. ``signature`` and ``basis``: of its ``ShardPlan``; what was
+    captioned for another frame shard, or to improve another caption shard, is of no use."""
 
     shard: str
     signature: str
     start: int
     stop: int
+    basis: str = ""
+
+    def serves(self, plan: ShardPlan) -> bool:
+        """Whether captions of these rows count for ``plan``."""
+        return (self.shard, self.signature, self.basis) == (plan.shard, plan.signature, plan.basis)
 
 
 Chunk = tuple[Piece, ...]  # what is captioned together and becomes one fragment
@@ -66,6 +74,7 @@ class Plan:
     done: int = 0
     done_rows: int = 0
     error_rows: int = 0  # rows of done shards that failed in an earlier run
+    later: list[ShardPlan] = field(default_factory=list)  # beyond the limit
     failed: dict[str, ShardError] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)  # caption shards without frame shard
 
@@ -113,14 +122,15 @@ def make_plan(
             todo = _error_ranges(output_uri, shard) if reason == "errors" else ((0, rows),) if rows else ()
         except ShardError as error:
             return error
-        return ShardPlan(shard, source.marks[shard], rows, reason, todo)
+        basis = outputs[shard] if reason == "errors" else ""
+        return ShardPlan(shard, source.marks[shard], rows, reason, todo, basis)
 
     wanted_shards = sorted(reasons)
     for shard, result in zip(wanted_shards, _parallel(inspect, wanted_shards), strict=False):
         if isinstance(result, ShardError):
             plan.failed[shard] = result
-        elif limit is None or len(plan.todo) < limit:
-            plan.todo.append(result)
+        else:
+            (plan.todo if limit is None or len(plan.todo) < limit else plan.later).append(result)
     return plan
 
 
@@ -230,7 +240,7 @@ def make_chunks(shards: Iterable[tuple[ShardPlan, tuple[Range, ...]]], rows: int
                 if bundled + end - start > rows or len(bundle) >= _BUNDLE:
                     yield tuple(bundle)
                     bundle, bundled = [], 0
-                bundle.append(Piece(shard.shard, shard.signature, start, end))
+                bundle.append(Piece(shard.shard, shard.signature, start, end, shard.basis))
                 bundled += end - start
                 start = end
     if bundle:

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from framecap.errors import ShardError
-from framecap.pipeline.fragments import delete_fragment, read_fragment
+from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.pipeline.listing import mark_of, open_shard
 from framecap.pipeline.plan import Chunk, Range, ShardPlan
@@ -67,9 +67,13 @@ class Published:
 class Publisher:
     """Follows which rows are in fragments, and publishes each shard as soon as all of them are."""
 
-    def __init__(self, places: Places, shards: list[ShardPlan], ledger: Ledger) -> None:
+    def __init__(
+        self, places: Places, shards: list[ShardPlan], ledger: Ledger, later: Sequence[ShardPlan] = ()
+    ) -> None:
+        """``later``: shards that are not published now, but whose fragments are kept."""
         self._places, self._ledger = places, ledger
         self._waiting = {shard.shard: shard for shard in shards}
+        self._later = {shard.shard: shard for shard in later}
         self._spans: dict[str, list[_Span]] = {}
         self._users: dict[str, set[str]] = {}  # fragment → shards that still need it
         self._cache = _FragmentCache(places.fragments)
@@ -92,13 +96,17 @@ class Publisher:
         """Take note of a fragment; a repeated one changes nothing."""
         if fragment in self._users:
             return
-        self._users[fragment] = {piece.shard for piece in pieces if piece.shard in self._waiting}
+        users = self._users[fragment] = set[str]()
         offset = 0
         for piece in pieces:
-            if piece.shard in self._waiting:
+            plan = self._waiting.get(piece.shard)
+            if plan is not None and piece.serves(plan):
+                users.add(piece.shard)
                 self._spans.setdefault(piece.shard, []).append(_Span(piece.start, piece.stop, fragment, offset))
+            elif (later := self._later.get(piece.shard)) is not None and piece.serves(later):
+                users.add(piece.shard)
             offset += piece.stop - piece.start
-        for shard in list(self._users[fragment]):
+        for shard in list(users):
             self.publish_if_complete(shard)
         self._release(fragment, None)
 
@@ -149,6 +157,14 @@ class Publisher:
                 self.collect(block=True)
         finally:
             self._pool.shutdown()
+
+    def sweep(self) -> None:
+        """Once all is published, delete the fragments that nobody counts on: of tasks that were run twice."""
+        if self.unfinished:
+            return
+        for name in list_fragments(self._places.fragments):
+            if name not in self._users:
+                delete_fragment(self._places.fragments, name)
 
     def _forget(self, shard: str) -> None:
         for fragment in {span.fragment for span in self._spans.pop(shard, [])}:

@@ -24,7 +24,7 @@ from framecap.errors import FramecapError, FrameError, ShardError
 from framecap.model.images import Pixels, crop_and_resize
 from framecap.pipeline.listing import mark_of, open_shard
 from framecap.pipeline.plan import Chunk, Piece, Range
-from framecap.schema import InputColumns
+from framecap.schema import REUSE_ROWS, InputColumns
 from framecap.storage import join, open_fs
 
 _READ_ROWS = 32  # frames decoded per record batch: 32 of 200 KB are 6 MB
@@ -44,7 +44,6 @@ class ReadOptions:
     fetch_threads: int = 8
     fetch_retries: int = 3
     share_identical: bool = True
-    video_column: str | None = None
 
 
 @dataclass
@@ -52,6 +51,7 @@ class ChunkFrames:
     """Frames of a chunk, row by row, beside their pixels [unique frames, R, R, 3].
 
     ``slots[i]``: which picture row ``i`` shows, -1 for a row with an entry in ``errors``.
+    ``groups[i]``: within which row ``i`` may share a near frame's caption, None for a row that may not.
     ``failed``: shard → ``ShardError`` of pieces that could not be read; those pieces have no rows.
     """
 
@@ -60,7 +60,7 @@ class ChunkFrames:
     seeds: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of each unique picture
     errors: dict[int, str] = field(default_factory=dict)
-    videos: list[str | None] = field(default_factory=list)
+    groups: list[str | None] = field(default_factory=list)
     failed: dict[str, ShardError] = field(default_factory=dict)
     read_s: float = 0.0
     decode_s: float = 0.0
@@ -112,7 +112,7 @@ def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> S
         try:
             position = piece.start
             for batch in stream.rows(piece):
-                builder.add(batch, piece.shard, position)
+                builder.add(batch, piece, position)
                 position += len(batch)
             return None
         except (ShardError, pa.ArrowException, OSError, ValueError) as error:
@@ -169,9 +169,6 @@ class _ShardStream:
 
     def _from(self, file: pq.ParquetFile, start: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         columns = self._options.columns.read(file.schema_arrow)
-        video = self._options.video_column
-        if video is not None and video in file.schema_arrow.names and video not in columns:
-            columns.append(video)
         offset = 0
         for group in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -194,6 +191,7 @@ class _ChunkBuilder:
         rows = sum(piece.stop - piece.start for piece in pieces)
         self._pixels: Pixels = np.empty((rows, size, size, 3), np.uint8)
         self._known: dict[bytes, int | str] = {}
+        self._block = ""
         self._started = time.perf_counter()
 
     def checkpoint(self) -> tuple[int, int]:
@@ -203,30 +201,39 @@ class _ChunkBuilder:
         """Forget the rows of a piece that turned out unreadable half-way."""
         rows, pictures = before
         frames = self.frames
-        del frames.slots[rows:], frames.seeds[rows:], frames.videos[rows:], frames.digests[pictures:]
+        del frames.slots[rows:], frames.seeds[rows:], frames.groups[rows:], frames.digests[pictures:]
         frames.errors = {row: text for row, text in frames.errors.items() if row < rows}
         self._known = {d: slot for d, slot in self._known.items() if isinstance(slot, str) or slot < pictures}
 
-    def add(self, batch: pa.RecordBatch, shard: str, first: int) -> None:
+    def add(self, batch: pa.RecordBatch, piece: Piece, first: int) -> None:
+        """Rows of ``piece``, of which the first is row ``first`` of its shard."""
         columns, frames = self._options.columns, self.frames
         identities = batch.column(columns.frame_id).to_pylist()
-        videos = self._options.video_column
-        frames.videos += (
-            [None if v is None else str(v) for v in batch.column(videos).to_pylist()]
-            if videos in batch.schema.names
-            else [None] * len(batch)
-        )
-        for position, data in enumerate(self._encoded(batch, shard)):
+        videos = batch.column(columns.video).to_pylist() if columns.video is not None else [None] * len(batch)
+        for position, data in enumerate(self._encoded(batch, piece.shard)):
             row = len(frames.slots)
             identity = identities[position]
-            named = identity if identity is not None else f"{shard}#{first + position}"
+            named = identity if identity is not None else f"{piece.shard}#{first + position}"
             frames.seeds.append(seed_of(named, self._options.seed))
+            frames.groups.append(self._group(piece, first + position, videos[position]))
             slot = data if isinstance(data, FrameError) else self._slot(data)
             if isinstance(slot, int):
                 frames.slots.append(slot)
             else:
                 frames.slots.append(-1)
                 frames.errors[row] = str(slot)
+
+    def _group(self, piece: Piece, row: int, video: object) -> str | None:
+        """Frames share only within the ``REUSE_ROWS`` rows of a block, which are always captioned together: what
+        a row gets then follows from its shard alone, not from how the run was cut. Rows taken up again
+        (``piece.basis``) get captions of their own."""
+        if self._options.columns.video is None:
+            return None
+        block = f"{piece.shard}#{row // REUSE_ROWS}"
+        if block != self._block:
+            self._block = block
+            self._known.clear()
+        return None if video is None or piece.basis else f"{block}#{video}"
 
     def _slot(self, data: bytes) -> int | FrameError | str:
         digest = hashlib.sha256(data).digest()

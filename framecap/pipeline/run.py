@@ -57,7 +57,7 @@ def run(settings: CaptionSettings) -> Summary:
             log.info("%s", line)
         summary = Summary.begin(job, plan)
         stops.watch(lock.check)
-        publisher = Publisher(job.places, plan.todo, ledger)
+        publisher = Publisher(job.places, plan.todo, ledger, plan.later)
         try:
             _caption_and_publish(job, plan, publisher, summary, stops)
         except BaseException as error:
@@ -66,6 +66,7 @@ def run(settings: CaptionSettings) -> Summary:
         finally:
             publisher.finish()
             if not lock.lost:  # else the files of the other run are in these places
+                publisher.sweep()
                 if settings.prune:
                     summary.pruned = prune(job, plan, ledger)
                 ledger.compact()
@@ -111,7 +112,7 @@ def _caption_and_publish(job: Job, plan: Plan, publisher: Publisher, summary: Su
     resources = start_ray(job.settings)
     stops.listen()
     job = job.sized_for(resources)
-    chunks = list(make_chunks(remaining, job.batch_size))
+    chunks = list(make_chunks(remaining, job.chunk_rows))
     units = make_units(chunks, max(1, min(8, len(chunks) // (8 * resources.actors))))
     with Progress(total) as progress:
         try:
@@ -131,8 +132,10 @@ def _caption_and_publish(job: Job, plan: Plan, publisher: Publisher, summary: Su
 
 
 def _take_up_fragments(job: Job, plan: Plan, publisher: Publisher) -> int:
-    """Note the fragments of earlier runs that still count, delete the rest; returns the rows they hold."""
+    """Note the fragments of earlier runs that still count, delete the rest; returns the rows they hold that are to
+    do now."""
     wanted = {shard.shard: shard for shard in plan.todo}
+    later = {shard.shard: shard for shard in plan.later}
     rows = 0
     for name in list_fragments(job.places.fragments):
         try:
@@ -140,8 +143,9 @@ def _take_up_fragments(job: Job, plan: Plan, publisher: Publisher) -> int:
         except (ValueError, KeyError, OSError):
             delete_fragment(job.places.fragments, name)
             continue
-        useful = [p for p in fragment.pieces if p.shard in wanted and wanted[p.shard].signature == p.signature]
-        if not useful or fragment.fingerprint != job.fingerprint:
+        useful = [p for p in fragment.pieces if p.shard in wanted and p.serves(wanted[p.shard])]
+        waiting = any(p.shard in later and p.serves(later[p.shard]) for p in fragment.pieces)
+        if fragment.fingerprint != job.fingerprint or not (useful or waiting):
             delete_fragment(job.places.fragments, name)
             continue
         rows += sum(piece.stop - piece.start for piece in useful)

@@ -26,7 +26,7 @@ class CaptionSettings(JobSettings):
     similarity: bool = Field(True, description="ruCLIP cosine between frame and caption, per row")
     image_embedding: bool = Field(False, description="add the frame's embedding as a column")
     reuse_similarity: float | None = Field(
-        None, gt=0, le=1, description="share a caption between neighbours of one video above this cosine"
+        None, gt=0, le=1, description="share a caption between near frames of a video above this cosine"
     )
     video_column: str = Field("video_id", description="input column that --reuse-similarity groups by")
 
@@ -82,4 +82,5 @@ class CaptionSettings(JobSettings):
         """The input columns by meaning."""
         keep = None if self.keep_columns == ("all",) else self.keep_columns
         keep = () if keep == ("none",) else keep
-        return InputColumns(self.id_column, self.image_column, self.image_uri_column, keep)
+        video = self.video_column if self.reuse_similarity is not None else None
+        return InputColumns(self.id_column, self.image_column, self.image_uri_column, keep, video)

@@ -194,21 +194,21 @@ class CaptionActor:
 def similar_frames(
     frames: ChunkFrames, first_row: dict[int, int], embeddings: np.ndarray, threshold: float
 ) -> dict[int, int]:
-    """slot → the slot whose caption it may share: the last frame of its video that gets one of its own.
+    """slot → the slot whose caption it may share: the last frame of its group that gets one of its own.
 
     ``first_row``: slot → row; ``embeddings``: float32 [slots, D], L2-normalised.
     """
     followers: dict[int, int] = {}
     leaders: dict[str, int] = {}
     for slot, row in sorted(first_row.items(), key=lambda item: item[1]):
-        video = frames.videos[row]
-        if video is None:
+        group = frames.groups[row]
+        if group is None:
             continue
-        leader = leaders.get(video)
+        leader = leaders.get(group)
         if leader is not None and float(embeddings[slot] @ embeddings[leader]) >= threshold:
             followers[slot] = leader
         else:
-            leaders[video] = slot
+            leaders[group] = slot
     return followers
 
 
