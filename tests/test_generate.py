@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from framecap.errors import BridgeMismatchError, PositionLimitError
-from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, generate, generate_stream
+from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, Generator, generate
 from framecap.model.penalties import sample
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
@@ -26,10 +26,14 @@ EOS = {"prefix": 84, "cross_attention": 30}
 
 
 class Pair:
-    """A random decoder, transformers' model with the same weights, and what 64 frames give them to read."""
+    """A random decoder, transformers' model with the same weights, and what 64 frames give them to read.
 
-    def __init__(self, kind: str) -> None:
+    ``static``: steps in few shapes, the host one step behind, as on a GPU; here without graphs.
+    """
+
+    def __init__(self, kind: str, static: bool) -> None:
         torch.manual_seed(1)
+        self.static = static
         crosses = kind == "cross_attention"
         config = RuGptConfig(97, 64, 32, 2, 4, cross_attention=crosses, eos_token_id=EOS[kind])
         self.decoder = RuGpt.from_config(config)
@@ -46,11 +50,13 @@ class Pair:
         self.memory = torch.randn(FRAMES, 7, 32) * 2 if crosses else None
         self.prefix = None if crosses else torch.randn(FRAMES, 5, 32)
 
-    def ours(self, options: DecodeOptions, rows: slice = slice(0, FRAMES), **more: int) -> list[list[Candidate]]:
+    def ours(
+        self, options: DecodeOptions, rows: slice = slice(0, FRAMES), max_rows: int | None = None
+    ) -> list[list[Candidate]]:
         prefix = None if self.prefix is None else self.prefix[rows]
         memory = None if self.memory is None else self.memory[rows]
         seeds = list(range(FRAMES))[rows]
-        return generate(self.decoder, prefix, memory, options, seeds, **more)
+        return Generator(self.decoder, max_rows, self.static).generate(prefix, memory, options, seeds)
 
     def theirs(self, **options: float) -> tuple[list[list[int]], Tensor | None]:
         bos = torch.ones(FRAMES, 1, dtype=torch.long)
@@ -71,14 +77,20 @@ class Pair:
         return tokens, out.get("sequences_scores")
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["exact", "static"])
+def static(request: pytest.FixtureRequest) -> bool:
+    found: bool = request.param
+    return found
+
+
 @pytest.fixture(scope="module", params=list(EOS))
-def pair(request: pytest.FixtureRequest) -> Pair:
-    return Pair(request.param)
+def pair(request: pytest.FixtureRequest, static: bool) -> Pair:
+    return Pair(request.param, static)
 
 
 @pytest.fixture(scope="module")
-def prefixed() -> Pair:
-    return Pair("prefix")
+def prefixed(static: bool) -> Pair:
+    return Pair("prefix", static)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +186,8 @@ def test_sampling_with_a_seed_repeats_and_another_seed_differs(prefixed: Pair) -
     options = DecodeOptions(do_sample=True, temperature=2.0, max_new_tokens=NEW)
 
     def run(seed: int) -> list[list[int]]:
-        found = generate(prefixed.decoder, prefixed.prefix, None, replace(options, seed=seed))
+        generator = Generator(prefixed.decoder, static=prefixed.static)
+        found = generator.generate(prefixed.prefix, None, replace(options, seed=seed))
         return [candidates[0].tokens for candidates in found]
 
     assert run(7) == run(7)
@@ -215,23 +228,23 @@ def test_draws_have_the_frequencies_of_the_warped_distribution(top_k: int, top_p
     torch.testing.assert_close(found, warped.softmax(-1)[0], atol=2e-4, rtol=0)
 
 
-def test_a_stop_text_ends_the_caption_and_stays_in_it(speaking: RuGpt) -> None:
+def test_a_stop_text_ends_the_caption_and_stays_in_it(speaking: RuGpt, static: bool) -> None:
     prefix = torch.randn(16, 4, 64, generator=torch.Generator().manual_seed(0))
     free = generate(speaking, prefix, None, DecodeOptions(max_new_tokens=30))
     for frame, (whole, *_) in enumerate(free):
         stop = whole.text[len(whole.text) // 2]
         options = DecodeOptions(max_new_tokens=30, stop=(stop,))
-        found = generate(speaking, prefix[frame, None], None, options)[0][0]
+        found = Generator(speaking, static=static).generate(prefix[frame, None], None, options)[0][0]
         assert found.text == whole.text[: whole.text.index(stop) + 1]
         assert not found.truncated
         assert found.tokens == whole.tokens[: found.length]
         assert stop not in speaking.tokenizer.decode(found.tokens[:-1])
 
 
-def test_beams_end_at_a_stop_text_too(speaking: RuGpt) -> None:
+def test_beams_end_at_a_stop_text_too(speaking: RuGpt, static: bool) -> None:
     prefix = torch.randn(16, 4, 64, generator=torch.Generator().manual_seed(0))
     options = DecodeOptions(max_new_tokens=30, num_beams=3, num_return_sequences=3, stop=("а", "о"))
-    for found in generate(speaking, prefix, None, options):
+    for found in Generator(speaking, static=static).generate(prefix, None, options):
         for candidate in found:
             ended = candidate.text.endswith(("а", "о"))
             assert ended or candidate.truncated or not set("ао") & set(candidate.text)
@@ -279,7 +292,7 @@ def test_batches_run_into_each_other_and_are_fetched_only_when_slots_are_free(pr
 
     options = DecodeOptions(max_new_tokens=NEW)
     found, ahead = {}, []
-    for frame, candidates in generate_stream(prefixed.decoder, batches(), options, max_rows=8):
+    for frame, candidates in Generator(prefixed.decoder, 8, prefixed.static).stream(batches(), options):
         found[frame] = candidates[0].tokens
         ahead.append(fetched * 8 - len(found))
     assert [found[frame] for frame in range(FRAMES)] == [c[0].tokens for c in prefixed.ours(options)]

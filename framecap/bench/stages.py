@@ -18,7 +18,7 @@ from framecap.bench.random_captioner import ENCODERS, CaptionerShape, random_cap
 from framecap.bench.roofline import encode_work, generate_work
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import FrameBatch, generate, generate_stream
+from framecap.model.generate import FrameBatch, Generator, generate_stream
 from framecap.model.images import Decode, crop_and_resize, normalise
 from framecap.model.ruclip import ImageFeatures
 
@@ -97,8 +97,12 @@ class Bench:
     def ours(self, prefixes: Tensor, beams: int, max_rows: int | None = None) -> list[list[int]]:
         """Token ids by framecap, at most ``max_rows`` sequences at a time (None: its own choice)."""
         options = DecodeOptions(num_beams=beams, max_new_tokens=self.options.max_new_tokens)
-        found = generate(self.decoder, prefixes, None, options, max_rows=max_rows)
+        found = self.generator(max_rows).generate(prefixes, None, options)
         return [candidates[0].tokens for candidates in found]
+
+    @functools.cache  # noqa: B019 (see above): it keeps its CUDA graphs from one round to the next
+    def generator(self, max_rows: int | None) -> Generator:
+        return Generator(self.decoder, max_rows)
 
     def typical(self, count: int) -> list[int]:
         """Numbers of ``count`` frames whose captions have about the mean length of all."""

@@ -12,23 +12,29 @@ from torch import Tensor
 
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.penalties import penalise
+from framecap.model.step import FINISHED
 from framecap.model.stopping import Candidate, StopRule
 
 _NEVER = -1.0e9
 
 
 class BeamSearch:
-    """State of ``slots`` searches; see ``generate.Search`` for the contract. K beams, G new tokens."""
+    """State of ``slots`` searches; see ``step.Search`` for the contract. K beams, G new tokens.
+
+    Stop texts decide which beams go on, so with them the host is asked at every step.
+    """
 
     def __init__(self, slots: int, options: DecodeOptions, stop: StopRule, device: torch.device) -> None:
         beams, length = options.num_beams, options.max_new_tokens
         self.beams, self.options, self.stop = beams, options, stop
         self.keep = max(2, 1 + len(stop.ids)) * beams
+        self.asks_host = bool(stop.texts)
 
         def block(kind: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(slots, *shape, dtype=kind, device=device)
 
         self.steps = block(torch.long)
+        self.flags = torch.full((slots,), FINISHED, dtype=torch.uint8, device=device)
         self.tokens = block(torch.long, beams, length)
         self.logprobs = block(torch.float32, beams, length)
         self.scores = block(torch.float32, beams)
@@ -44,24 +50,32 @@ class BeamSearch:
     def admit(self, rows: slice, seeds: list[tuple[int, int]]) -> None:
         """Start searches afresh in ``rows``."""
         self.steps[rows] = 0
+        self.flags[rows] = 0
         self.scores[rows] = 0.0
         self.ancestors[rows] = False
         self.done_lengths[rows] = 0
         self.done_scores[rows] = _NEVER
 
-    def advance(self, logits: Tensor, rows: slice) -> Tensor:
-        """Extend all beams by float32 logits [n, K, V] ([n, 1, V] after the prefix); bool [n]: finished."""
+    def advance(self, logits: Tensor, rows: slice) -> None:
+        """Extend all beams by float32 logits [n, K, V] ([n, 1, V] after the prefix), unless they are finished."""
         totals, beam, token, logprob = self._continuations(logits, rows)
         tokens = _pick(self.tokens[rows], beam)
         logprobs = _pick(self.logprobs[rows], beam)
-        place = self.steps[rows, None, None].expand(-1, self.keep, 1)
+        going_on = self.flags[rows] != FINISHED
+        place = self.steps[rows, None, None].clamp_max(self.options.max_new_tokens - 1).expand(-1, self.keep, 1)
         tokens.scatter_(2, place, token[..., None])
         logprobs.scatter_(2, place, logprob[..., None])
-        self.steps[rows] += 1
+        self.steps[rows] += going_on
         ended = self._ended(token, tokens, rows)
         self._keep_running(totals + ended * _NEVER, beam, tokens, logprobs, rows)
         self._keep_finished(totals, ended, tokens, logprobs, rows)
-        return ~self._can_improve(rows) | ended.all(dim=1)
+        improves = self._can_improve(rows) & ~ended.all(dim=1) & going_on
+        self.flags[rows] = torch.where(improves, 0, FINISHED)
+
+    def _store(self, target: Tensor, rows: slice, values: Tensor) -> None:
+        """Overwrite ``rows`` of ``target``, but for searches that are finished."""
+        finished = (self.flags[rows] == FINISHED).view(-1, *[1] * (values.dim() - 1))
+        target[rows] = torch.where(finished, target[rows], values)
 
     def _continuations(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The ``keep`` best continuations of each frame: total score, parent beam, token, its logprob."""
@@ -87,21 +101,21 @@ class BeamSearch:
         """Which continuations [n, keep] end here."""
         steps = self.steps[rows]
         ended = self.stop.at_stop_token(token) | (steps == self.options.max_new_tokens)[:, None]
-        for place in self.stop.completing(token):
-            row, number = divmod(place, self.keep)
+        watched = self.stop.might_complete(token).nonzero().tolist() if self.asks_host else []
+        for row, number in watched:
             if self.stop.ends_text(tokens[row, number, : int(steps[row])].tolist()):
                 ended[row, number] = True
         return ended
 
     def _keep_running(self, totals: Tensor, beam: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice) -> None:
         scores, place = totals.topk(self.beams, dim=1)
-        self.scores[rows] = scores
-        self.tokens[rows] = _pick(tokens, place)
-        self.logprobs[rows] = _pick(logprobs, place)
+        self._store(self.scores, rows, scores)
+        self._store(self.tokens, rows, _pick(tokens, place))
+        self._store(self.logprobs, rows, _pick(logprobs, place))
         seen = _pick(self.ancestors[rows], beam.gather(1, place))
         # The token just chosen will stand at [step, beam] of the cache; each beam sees its own.
         columns = self.columns(rows)[:, None].expand(-1, self.beams, -1)
-        self.ancestors[rows] = seen.scatter(2, columns, self.own.expand(seen.shape[0], -1, -1))
+        self._store(self.ancestors, rows, seen.scatter(2, columns, self.own.expand(seen.shape[0], -1, -1)))
 
     def _keep_finished(self, totals: Tensor, ended: Tensor, tokens: Tensor, logprobs: Tensor, rows: slice) -> None:
         # Only the best num_beams continuations may become results; the others are there to go on with.
@@ -110,13 +124,14 @@ class BeamSearch:
         scores = totals[:, : self.beams] / self.normaliser[steps][:, None] + ~ended * _NEVER
         lengths = ended * steps[:, None]
         merged = torch.cat((self.done_scores[rows], scores), dim=1)
-        self.done_scores[rows], place = merged.topk(self.beams, dim=1)
+        best, place = merged.topk(self.beams, dim=1)
+        self._store(self.done_scores, rows, best)
         for done, new in (
             (self.done_tokens, tokens[:, : self.beams]),
             (self.done_logprobs, logprobs[:, : self.beams]),
             (self.done_lengths, lengths),
         ):
-            done[rows] = _pick(torch.cat((done[rows], new), dim=1), place)
+            self._store(done, rows, _pick(torch.cat((done[rows], new), dim=1), place))
 
     def _can_improve(self, rows: slice) -> Tensor:
         best = self.scores[rows, :1] / self.normaliser[self.steps[rows]][:, None]
@@ -126,34 +141,35 @@ class BeamSearch:
 
     def columns(self, rows: slice) -> Tensor:
         """Places of the last tokens among the generated cache entries, int64 [n, K]."""
-        return (self.steps[rows, None] - 1) * self.beams + torch.arange(self.beams, device=self.steps.device)
+        last = (self.steps[rows, None] - 1).clamp_min_(0)
+        return last * self.beams + torch.arange(self.beams, device=self.steps.device)
 
     def last_ids(self, rows: slice) -> Tensor:
         """The tokens chosen last, int64 [n, K]."""
-        place = self.steps[rows, None, None].expand(-1, self.beams, 1) - 1
-        return self.tokens[rows].gather(2, place)[..., 0]
+        place = (self.steps[rows, None, None] - 1).clamp_min_(0)
+        return self.tokens[rows].gather(2, place.expand(-1, self.beams, 1))[..., 0]
 
     def seen(self, rows: slice, entries: int) -> Tensor:
         """Which of the first ``entries`` generated cache entries each beam sees: bool [n, K, entries]."""
         return self.ancestors[rows, :, :entries]
 
-    def candidates(self, row: int) -> list[Candidate]:
-        """The ``num_return_sequences`` best finished captions of ``row``, best first."""
-        lengths = self.done_lengths[row].tolist()
-        scores = self.done_scores[row].tolist()
-        found = []
-        for number in range(self.options.num_return_sequences):
-            length = lengths[number]
-            if length:
-                tokens = self.done_tokens[row, number, :length].tolist()
-                logprobs = self.done_logprobs[row, number, :length].tolist()
-                found.append(self.stop.candidate(tokens, logprobs, scores[number]))
-        return found
+    def collect(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What ``candidates`` needs of the slots int64 [n]."""
+        return self.done_tokens[rows], self.done_logprobs[rows], self.done_scores[rows], self.done_lengths[rows]
+
+    def candidates(self, collected: tuple[Tensor, ...], place: int, length: int | None) -> list[Candidate]:
+        """The ``num_return_sequences`` best finished captions at ``place`` of what was collected, best first."""
+        tokens, logprobs, scores, lengths = (values[place].tolist() for values in collected)
+        return [
+            self.stop.candidate(tokens[number][:own], logprobs[number][:own], scores[number])
+            for number, own in enumerate(lengths[: self.options.num_return_sequences])
+            if own
+        ]
 
     def state(self) -> list[Tensor]:
         """All tensors whose first dimension is the slot."""
         return [
-            self.steps, self.tokens, self.logprobs, self.scores, self.ancestors,
+            self.steps, self.flags, self.tokens, self.logprobs, self.scores, self.ancestors,
             self.done_tokens, self.done_logprobs, self.done_scores, self.done_lengths,
         ]  # fmt: skip
 

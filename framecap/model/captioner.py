@@ -22,10 +22,11 @@ from torch import Tensor
 from framecap.errors import FrameError, SettingsError
 from framecap.model.bridge import Bridge, build_bridge
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
-from framecap.model.generate import Candidate, DecodeOptions, generate
+from framecap.model.generate import Candidate, DecodeOptions, Generator
 from framecap.model.images import Frame, crop_and_resize, normalise
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.rugpt import RuGpt
+from framecap.model.transfer import to_device
 from framecap.model.weights import load_strictly, read_state_dict
 from framecap.storage import MANIFEST, local_copy
 
@@ -79,6 +80,7 @@ class Captioner:
         check_fit(config.bridge, encoder.config, decoder.config)
         self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
         self._source = source
+        self._generator = Generator(decoder)
 
     @classmethod
     def from_pretrained(
@@ -168,7 +170,7 @@ class Captioner:
         seeds = seeds if seeds is not None else [frame_seed(frame, options.seed) for frame in pixels]
         features = self.features(pixels)
         prefix, memory = self.bridge(features)
-        candidates = generate(self.decoder, prefix, memory, options, list(seeds))
+        candidates = self._generator.generate(prefix, memory, options, list(seeds))
         return self._captions(candidates, features.pooled, options, similarity)
 
     @torch.inference_mode()
@@ -180,7 +182,7 @@ class Captioner:
         config, reads_patches = self.encoder.config, self.config.bridge.feature == "patches"
         pooled, patches = [], []
         for batch in _chunks(list(pixels), ENCODE_BATCH[self.device.type]):
-            moved = _to_device(np.stack(batch), self.device)
+            moved = to_device(torch.from_numpy(np.stack(batch)), self.device)
             made = self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype))
             pooled.append(made.pooled)
             patches.append(made.patches if reads_patches else made.patches[:0].clone())
@@ -326,11 +328,6 @@ def _described_by(uri: str) -> Captioner:
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(pixels)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _unit(embeddings: Tensor) -> np.ndarray:

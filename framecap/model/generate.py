@@ -1,33 +1,30 @@
 """Prefixes (or memories) in, captions out: the decoding loop over a queue of frames.
 
-Continuous batching: a caption that is finished leaves its slot at once, and frames waiting in the queue take
-the free slots while the others go on. The number of slots is bounded, so memory does not grow with the
-queue. Knows nothing of images; what a beam or a sample is, ``beam.py`` and ``stepwise.py`` know.
+Continuous batching: a caption that is finished leaves its slot, and frames waiting in the queue take the free
+slots while the others go on. The number of slots is bounded, so memory does not grow with the queue. Knows
+nothing of images; slots are kept by ``slots.py``, what a step is says ``step.py``, what a beam or a sample is
+``beam.py`` and ``stepwise.py``.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from framecap.errors import BridgeMismatchError
-from framecap.model.beam import BeamSearch
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.kv_cache import KvCache
 from framecap.model.rugpt import RuGpt
-from framecap.model.stepwise import Stepwise
-from framecap.model.stopping import Candidate, StopRule
+from framecap.model.slots import Job, SlotLoop
+from framecap.model.step import CudaGraphs, Recorder, Shapes
+from framecap.model.stopping import Candidate
 
-__all__ = ["Candidate", "DecodeOptions", "FrameBatch", "generate", "generate_stream"]
+__all__ = ["Candidate", "DecodeOptions", "FrameBatch", "Generator", "generate", "generate_stream"]
 
 MAX_ROWS = {"cpu": 128, "cuda": 1024}
-# Frames are let in together once this share of the slots is free: the prefix pass reads all weights once.
-REFILL_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,32 +36,92 @@ class FrameBatch:
     seeds: list[int]
 
 
-class Search(Protocol):
-    """How tokens are chosen. Slots 0 … n-1 are live; each feeds ``beams`` tokens a step."""
+class Generator:
+    """A decoder that writes captions, at most ``max_rows`` sequences (frames × beams) at a time.
 
-    beams: int
-    steps: Tensor
+    ``static`` (default: on a GPU): steps come in few shapes, the host looks a step later, and the loop with its
+    recordings is kept for the next call with the same options and lengths. ``recorder`` (default: CUDA graphs on
+    a GPU, else none) records such steps. Captions are the same.
+    """
 
-    def admit(self, rows: slice, seeds: list[tuple[int, int]]) -> None: ...
+    def __init__(
+        self,
+        decoder: RuGpt,
+        max_rows: int | None = None,
+        static: bool | None = None,
+        recorder: Callable[[], Recorder] | None = None,
+    ) -> None:
+        on_gpu = decoder.device.type == "cuda"
+        self.decoder = decoder
+        self.max_rows = max_rows or MAX_ROWS.get(decoder.device.type, MAX_ROWS["cpu"])
+        self.static = on_gpu if static is None else static
+        self._recorder = CudaGraphs if recorder is None and on_gpu and self.static else recorder
+        self._kept: SlotLoop | None = None
 
-    def advance(self, logits: Tensor, rows: slice) -> Tensor: ...
+    def generate(
+        self, prefix: Tensor | None, memory: Tensor | None, options: DecodeOptions, seeds: list[int] | None = None
+    ) -> list[list[Candidate]]:
+        """Decode N frames: for each its candidates, best first; see ``generate``."""
+        given = prefix if prefix is not None else memory
+        if given is None:
+            raise BridgeMismatchError("the bridge gave neither a prefix nor a memory; one of them is needed.")
+        frames = given.shape[0]
+        batch = FrameBatch(prefix, memory, [options.seed] * frames if seeds is None else seeds)
+        # Few frames need few slots.
+        rows = frames * max(options.num_beams, options.num_return_sequences)
+        found = dict(self._stream([batch], options, self.max_rows if self.static else min(self.max_rows, rows)))
+        return [found[frame] for frame in range(frames)]
 
-    def last_ids(self, rows: slice) -> Tensor: ...
+    def stream(self, batches: Iterable[FrameBatch], options: DecodeOptions) -> Iterator[tuple[int, list[Candidate]]]:
+        """Decode frames of ``batches`` without draining between them; see ``generate_stream``."""
+        return self._stream(batches, options, self.max_rows)
 
-    def seen(self, rows: slice, entries: int) -> Tensor: ...
+    def _stream(
+        self, batches: Iterable[FrameBatch], options: DecodeOptions, max_rows: int
+    ) -> Iterator[tuple[int, list[Candidate]]]:
+        loop: SlotLoop | None = None
+        samples = options.num_return_sequences if options.do_sample else 1
+        waiting: deque[Job] = deque()
+        partial: dict[int, dict[int, Candidate]] = {}
+        source, number, exhausted = iter(batches), 0, False
+        while True:
+            while not exhausted and len(waiting) < (loop.slots if loop else 1):
+                batch = next(source, None)
+                if batch is None:
+                    exhausted = True
+                    break
+                waiting.extend(_jobs(self.decoder, batch, number, samples))
+                number += len(batch.seeds)
+                if loop is None and waiting:
+                    loop = self._take_loop(options, waiting[0], max(1, max_rows // options.num_beams))
+            if loop is None:
+                return
+            if not waiting and loop.idle:
+                self._keep_loop(loop)
+                return
+            for job, candidates in loop.turn(waiting):
+                if samples == 1:
+                    yield job.frame, candidates
+                    continue
+                drawn = partial.setdefault(job.frame, {})
+                drawn[job.sample] = candidates[0]
+                if len(drawn) == samples:
+                    yield job.frame, [drawn[place] for place in range(samples)]
+                    del partial[job.frame]
 
-    def candidates(self, row: int) -> list[Candidate]: ...
+    def _take_loop(self, options: DecodeOptions, first: Job, slots: int) -> SlotLoop:
+        """The kept loop if it fits, else a new one; whoever stops half-way leaves none behind."""
+        kept, self._kept = self._kept, None
+        shapes = Shapes.static(slots) if self.static else Shapes()
+        # Seeds come with the frames.
+        options = replace(options, seed=0)
+        if kept is not None and kept.fits(options, first, slots):
+            return kept
+        return SlotLoop(self.decoder, options, first, slots, shapes, self._recorder)
 
-    def state(self) -> list[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class _Job:
-    frame: int
-    sample: int
-    seed: int
-    prefix: Tensor
-    memory: Tensor | None
+    def _keep_loop(self, loop: SlotLoop) -> None:
+        if self.static:
+            self._kept = loop
 
 
 def generate(
@@ -82,15 +139,7 @@ def generate(
     ``max_rows`` sequences (frames × beams) are decoded at a time. Raises PositionLimitError,
     BridgeMismatchError.
     """
-    given = prefix if prefix is not None else memory
-    if given is None:
-        raise BridgeMismatchError("the bridge gave neither a prefix nor a memory; one of them is needed.")
-    frames = given.shape[0]
-    batch = FrameBatch(prefix, memory, [options.seed] * frames if seeds is None else seeds)
-    # Few frames need few slots.
-    rows = min(max_rows or _most_rows(decoder), frames * max(options.num_beams, options.num_return_sequences))
-    found = dict(generate_stream(decoder, [batch], options, max(1, rows)))
-    return [found[frame] for frame in range(frames)]
+    return Generator(decoder, max_rows).generate(prefix, memory, options, seeds)
 
 
 def generate_stream(
@@ -104,122 +153,10 @@ def generate_stream(
     Frames are numbered from 0 through all batches and come out as they finish. A batch is taken from the
     iterator only when slots are free for it. All prefixes must have one length, all memories too.
     """
-    loop: _Loop | None = None
-    samples = options.num_return_sequences if options.do_sample else 1
-    waiting: deque[_Job] = deque()
-    partial: dict[int, dict[int, Candidate]] = {}
-    source, number, exhausted = iter(batches), 0, False
-    while True:
-        while not exhausted and len(waiting) < (loop.slots if loop else 1):
-            batch = next(source, None)
-            if batch is None:
-                exhausted = True
-                break
-            jobs = _jobs(decoder, batch, number, samples)
-            number += len(batch.seeds)
-            waiting.extend(jobs)
-            if loop is None and jobs:
-                loop = _Loop(decoder, options, jobs[0], max_rows or _most_rows(decoder))
-        if loop is None or (not waiting and not loop.live):
-            return
-        for job, candidates in loop.turn(waiting):
-            if samples == 1:
-                yield job.frame, candidates
-                continue
-            drawn = partial.setdefault(job.frame, {})
-            drawn[job.sample] = candidates[0]
-            if len(drawn) == samples:
-                yield job.frame, [drawn[place] for place in range(samples)]
-                del partial[job.frame]
+    return Generator(decoder, max_rows).stream(batches, options)
 
 
-class _Loop:
-    """Slots, cache and search state of one run; ``turn`` lets frames in, feeds one token, lets frames out."""
-
-    def __init__(self, decoder: RuGpt, options: DecodeOptions, first: _Job, max_rows: int) -> None:
-        self.decoder = decoder
-        self.prefix_len = first.prefix.shape[0]
-        memory_len = 0 if first.memory is None else first.memory.shape[0]
-        decoder.check_positions(self.prefix_len, options.max_new_tokens)
-        self.slots = max(1, max_rows // options.num_beams)
-        config = decoder.config
-        tokenizer = decoder.tokenizer if decoder.has_tokenizer else None
-        stop = StopRule(tokenizer, config.eos_token_id, options.stop, config.vocab_size, decoder.device)
-        kind = BeamSearch if options.num_beams > 1 else Stepwise
-        self.search: Search = kind(self.slots, options, stop, decoder.device)
-        entries = self.prefix_len + options.max_new_tokens * self.search.beams
-        self.cache: KvCache = decoder.new_cache(self.slots, entries, memory_len)
-        self.jobs: list[_Job] = []
-        self.steps: list[int] = []
-
-    @property
-    def live(self) -> int:
-        return len(self.jobs)
-
-    def turn(self, waiting: deque[_Job]) -> list[tuple[_Job, list[Candidate]]]:
-        """Fill free slots if it is worth a prefix pass, feed one token to every live slot; the finished."""
-        with torch.inference_mode():
-            free = self.slots - self.live
-            finished = []
-            if waiting and (not self.live or free >= min(len(waiting), self.slots * REFILL_SHARE)) and free:
-                first = self.live
-                logits = self._prefill([waiting.popleft() for _ in range(min(free, len(waiting)))])
-                finished += self._choose(logits, slice(first, self.live))
-            if self.live:
-                finished += self._choose(self._decode_one_token(), slice(0, self.live))
-            return finished
-
-    def _prefill(self, jobs: list[_Job]) -> Tensor:
-        first = self.live
-        self.jobs += jobs
-        self.steps += [0] * len(jobs)
-        self.search.admit(slice(first, self.live), [(job.seed, job.sample) for job in jobs])
-        prefix = torch.stack([job.prefix for job in jobs])
-        memories = [job.memory for job in jobs if job.memory is not None]
-        memory = torch.stack(memories) if memories else None
-        return self.decoder.prefill(prefix, memory, self.cache, first)[:, None].float()
-
-    def _decode_one_token(self) -> Tensor:
-        rows, search, start = slice(0, self.live), self.search, self.prefix_len
-        fed = search.steps[rows] - 1
-        places = torch.arange(search.beams, device=fed.device)
-        columns = start + fed[:, None] * search.beams + places
-        entries = max(self.steps) * search.beams
-        mask = self.decoder.wte.weight.new_zeros(self.live, 1, search.beams, start + entries)
-        mask[:, 0, :, start:].masked_fill_(~search.seen(rows, entries), float("-inf"))
-        logits = self.decoder.decode_one_token(search.last_ids(rows), start + fed, columns, mask, self.cache)
-        return logits.float()
-
-    def _choose(self, logits: Tensor, rows: slice) -> list[tuple[_Job, list[Candidate]]]:
-        done = self.search.advance(logits, rows)
-        for row in range(rows.start, rows.stop):
-            self.steps[row] += 1
-        places = [rows.start + place for place in done.nonzero()[:, 0].tolist()]
-        finished = [(self.jobs[row], self.search.candidates(row)) for row in places]
-        if places:
-            self._vacate(set(places))
-        return finished
-
-    def _vacate(self, leaving: set[int]) -> None:
-        """Let slots go; the last live ones move into the gaps, so that live slots stay the first ones."""
-        left = self.live - len(leaving)
-        gaps = [row for row in range(left) if row in leaving]
-        movers = [row for row in range(left, self.live) if row not in leaving]
-        if gaps:
-            filled = self.prefix_len + max(self.steps[row] for row in movers) * self.search.beams
-            self.cache.move(movers, gaps, min(filled, self.cache.max_len))
-            for tensor in self.search.state():
-                tensor[gaps] = tensor[movers]
-            for gap, mover in zip(gaps, movers, strict=True):
-                self.jobs[gap], self.steps[gap] = self.jobs[mover], self.steps[mover]
-        del self.jobs[left:], self.steps[left:]
-
-
-def _most_rows(decoder: RuGpt) -> int:
-    return MAX_ROWS.get(decoder.device.type, MAX_ROWS["cpu"])
-
-
-def _jobs(decoder: RuGpt, batch: FrameBatch, number: int, samples: int) -> list[_Job]:
+def _jobs(decoder: RuGpt, batch: FrameBatch, number: int, samples: int) -> list[Job]:
     config = decoder.config
     given = batch.prefix if batch.prefix is not None else batch.memory
     if given is None:
@@ -239,7 +176,7 @@ def _jobs(decoder: RuGpt, batch: FrameBatch, number: int, samples: int) -> list[
         prefix = prefix.to(decoder.device, decoder.dtype)
         memory = None if batch.memory is None else batch.memory.to(decoder.device, decoder.dtype)
     return [
-        _Job(number + place, sample, seed, prefix[place], None if memory is None else memory[place])
+        Job(number + place, sample, seed, prefix[place], None if memory is None else memory[place])
         for place, seed in enumerate(batch.seeds)
         for sample in range(samples)
     ]

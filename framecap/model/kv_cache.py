@@ -104,15 +104,11 @@ class KvCache:
             raise ValueError("this cache was allocated without room for a memory")
         return cache.memory_keys[self.window.rows], cache.memory_values[self.window.rows]
 
-    def move(self, source: list[int], target: list[int], length: int) -> None:
-        """Copy slots ``source`` over slots ``target`` (their first ``length`` entries, and their memory)."""
-        if not source:
-            return
-        origin = torch.tensor(source, device=self.row_index.device)
-        goal = torch.tensor(target, device=self.row_index.device)
+    def move(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Copy slots ``source`` int64 [n] over ``target`` (their first ``length`` entries, and their memory)."""
         for layer in self.layers:
             for block in (layer.keys, layer.values):
-                block[goal, :length] = block[origin, :length]
+                block[target, :length] = block[source, :length]
             for memory in (layer.memory_keys, layer.memory_values):
                 if memory is not None:
-                    memory[goal] = memory[origin]
+                    memory[target] = memory[source]

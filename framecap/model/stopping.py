@@ -70,12 +70,9 @@ class StopRule:
             hit |= ids == index
         return hit
 
-    def completing(self, ids: Tensor) -> list[int]:
-        """Flat places in ``ids`` whose token might complete a stop text."""
-        if self._watched is None:
-            return []
-        places: list[int] = self._watched[ids.reshape(-1)].nonzero()[:, 0].tolist()
-        return places
+    def might_complete(self, ids: Tensor) -> Tensor:
+        """Whether each of ``ids`` (any shape) might complete a stop text; bool of the same shape."""
+        return torch.zeros_like(ids, dtype=torch.bool) if self._watched is None else self._watched[ids]
 
     def ends_text(self, tokens: Sequence[int]) -> bool:
         """Whether the text of ``tokens`` holds a stop text."""

@@ -1,0 +1,43 @@
+"""Tensors between host and device without waiting: pinned memory, copies that overlap with compute.
+
+On a CPU there is nothing to transfer and everything here is a plain copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor``, which lies on the host, on ``device``; the host does not wait for a GPU's copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def index(places: list[int], device: torch.device) -> Tensor:
+    """``places`` as int64 [n] on ``device``."""
+    return to_device(torch.tensor(places, dtype=torch.long), device)
+
+
+class HostCopy:
+    """Tensors on their way to the host, as they are at this point of the device's stream."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensors[0].device.type != "cuda":
+            self._tensors = tuple(tensor.clone() for tensor in tensors)
+            return
+        pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        self._tensors = tuple(
+            host.copy_(tensor, non_blocking=True) for host, tensor in zip(pinned, tensors, strict=True)
+        )
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def read(self) -> tuple[Tensor, ...]:
+        """The tensors, once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors

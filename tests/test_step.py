@@ -1,0 +1,155 @@
+"""A decoding step comes in few shapes, is captured once for each, and never asks the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from framecap.model import step as step_module
+from framecap.model.beam import BeamSearch
+from framecap.model.decode_options import DecodeOptions
+from framecap.model.generate import Generator
+from framecap.model.rugpt import RuGpt
+from framecap.model.rugpt_config import RuGptConfig
+from framecap.model.step import FINISHED, GraphedStep, Search, Shapes, decode_step
+from framecap.model.stepwise import Stepwise
+from framecap.model.stopping import StopRule
+
+NEW, SLOTS = 20, 48
+CPU = torch.device("cpu")
+STRATEGIES = [
+    {},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    {"do_sample": True, "top_p": 0.8, "top_k": 0},
+    {"do_sample": True},
+    {"num_beams": 4, "no_repeat_ngram_size": 2},
+]
+
+
+@dataclass
+class Tape:
+    """Records as CUDA graphs do: what is captured does not run until it is replayed."""
+
+    captured: list[Callable[[], None]] = field(default_factory=list)
+    refuses: bool = False
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        run()
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured.append(run)
+        return run
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a step reads a value on the host, or makes a tensor whose shape follows from values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def decoder() -> RuGpt:
+    torch.manual_seed(2)
+    model = RuGpt.from_config(RuGptConfig(97, 64, 32, 2, 4, eos_token_id=84))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(30 if name == "wte.weight" else 20) if parameter.dim() > 1 else parameter.add_(0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prefixes() -> torch.Tensor:
+    return torch.randn(100, 5, 32, generator=torch.Generator().manual_seed(3))
+
+
+def prepared(decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float]) -> tuple[Search, Callable[..., None]]:
+    """A search whose first 30 of 48 slots have read their prefix, and its step."""
+    options = DecodeOptions.from_dict(strategy | {"max_new_tokens": NEW})
+    kind = BeamSearch if options.num_beams > 1 else Stepwise
+    search: Search = kind(SLOTS, options, StopRule(None, 84, (), 97, CPU), CPU)
+    cache = decoder.new_cache(SLOTS, 5 + NEW * search.beams)
+    rows = slice(0, 30)
+    search.admit(rows, [(row, 0) for row in range(30)])
+    search.advance(decoder.prefill(prefixes[rows], None, cache, 0)[:, None], rows)
+    return search, lambda size, tokens: decode_step(decoder, cache, search, 5, size, tokens)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@torch.inference_mode()
+def test_a_step_reads_nothing_on_the_host(decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float]) -> None:
+    search, step = prepared(decoder, prefixes, strategy)
+    assert not search.asks_host
+    with NoHostReads():
+        for _ in range(3):
+            step(32, 16)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@torch.inference_mode()
+def test_finished_and_empty_slots_stay_as_they_are(
+    decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float]
+) -> None:
+    search, step = prepared(decoder, prefixes, strategy)
+    for _ in range(NEW + 5):
+        before = [values.clone() for values in search.collect(torch.arange(SLOTS))]
+        done = search.flags == FINISHED
+        step(32, NEW)
+        after = search.collect(torch.arange(SLOTS))
+        for old, new in zip(before, after, strict=True):
+            width = NEW if old.dim() > 1 and old.shape[-1] > NEW else None  # without the spare column
+            assert torch.equal(old[done][..., :width], new[done][..., :width])
+    assert (search.flags == FINISHED).all()
+    assert int(search.steps.max()) <= NEW
+
+
+def test_shapes_are_few_and_waste_at_most_a_third() -> None:
+    shapes = Shapes.static(1024)
+    assert shapes.rows == (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    for live in range(16, 1025):
+        assert live <= shapes.rows_for(live) <= 1.5 * live
+    assert {shapes.tokens_for(steps, 40) for steps in range(1, 45)} == {16, 32, 40}
+    assert Shapes.static(20).rows == (16, 20)
+    assert Shapes().rows_for(13) == 13
+
+
+def test_each_shape_is_captured_once_and_the_captions_are_the_same(decoder: RuGpt, prefixes: torch.Tensor) -> None:
+    tape = Tape()
+    generator = Generator(decoder, SLOTS, static=True, recorder=lambda: tape)
+    options = DecodeOptions(max_new_tokens=NEW)
+    expected = Generator(decoder).generate(prefixes, None, options)
+    for _ in range(2):  # the second call finds the graphs of the first
+        found = generator.generate(prefixes, None, options)
+        assert [c.tokens for [c] in found] == [c.tokens for [c] in expected]
+        assert 1 < len(tape.captured) <= 6
+
+
+def test_where_capturing_fails_captions_are_the_same_and_one_warning_says_so(
+    decoder: RuGpt, prefixes: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = Generator(decoder, SLOTS, static=True, recorder=lambda: Tape(refuses=True))
+    options = DecodeOptions(max_new_tokens=NEW)
+    found = generator.generate(prefixes, None, options)
+    assert [c.tokens for [c] in found] == [c.tokens for [c] in Generator(decoder).generate(prefixes, None, options)]
+    [warning] = [record.message for record in caplog.records]
+    assert warning.startswith("a decoding step could not be captured as a CUDA graph")
+    assert warning.endswith("operation not permitted when stream is capturing")
+
+
+def test_no_more_shapes_are_captured_than_allowed() -> None:
+    tape, ran = Tape(), []
+    step = GraphedStep(lambda rows, tokens: ran.append((rows, tokens)), tape)
+    shapes = [(rows, 16) for rows in range(step_module.MOST_GRAPHS + 5)]
+    for _ in range(2):
+        for shape in shapes:
+            step(*shape)
+    assert len(tape.captured) == step_module.MOST_GRAPHS
+    assert ran == 2 * shapes
