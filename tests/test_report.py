@@ -17,6 +17,7 @@ from caption_data import Dataset, rewrite, write_dataset
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from framecap import report
@@ -173,6 +174,30 @@ def test_a_frame_opens_with_all_its_values_and_steps_to_the_next(page: webdriver
     assert dialog.text != first
     dialog.find_element(By.XPATH, ".//button[text()='Close']").click()
     assert not dialog.is_displayed()
+
+
+@needs_browser
+def test_the_keyboard_alone_searches_steps_through_frames_and_closes(page: webdriver.Chrome) -> None:
+    page.find_element(By.TAG_NAME, "body").send_keys("/")
+    assert page.switch_to.active_element.get_attribute("id") == "search"
+    page.find_element(By.CSS_SELECTOR, ".gallery .frame").send_keys(Keys.ENTER)
+    dialog = page.find_element(By.ID, "detail")
+    seen = [dialog.find_element(By.CSS_SELECTOR, "td").text]
+    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT):
+        page.switch_to.active_element.send_keys(key)
+        seen.append(dialog.find_element(By.CSS_SELECTOR, "td").text)
+    assert len(set(seen)) == 3
+    assert seen[3] == seen[1]
+    page.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not dialog.is_displayed()
+
+
+@needs_browser
+def test_where_nothing_fits_one_button_brings_all_frames_back(page: webdriver.Chrome) -> None:
+    search(page, "нет таких слов")
+    page.find_element(By.CSS_SELECTOR, ".nothing button").click()
+    assert page.find_element(By.ID, "count").text.startswith("300 of 300")
+    assert len(captions_on(page)) > 20
 
 
 @needs_browser
