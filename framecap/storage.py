@@ -14,7 +14,10 @@ import json
 import os
 import posixpath
 import shutil
+import socket
 import tempfile
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -129,6 +132,28 @@ def open_fs(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
     except ValueError as error:
         raise StorageError(f"{text}: {error}; use a path, s3://, gs:// or abfs://") from error
     return fs, path
+
+
+def check_endpoint(uri: str, seconds: float = 5.0) -> None:
+    """Try whether the endpoint that the options give for ``uri`` takes connections; backends try for minutes.
+    Without an endpoint of its own, or behind a proxy, nothing is tried.
+
+    Raises:
+        StorageError: nothing answers there.
+    """
+    options = options_for(uri)
+    endpoint = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
+    if not endpoint:
+        return
+    parts = urllib.parse.urlsplit(str(endpoint))
+    host, scheme = parts.hostname or "", parts.scheme or "http"
+    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return
+    try:
+        port = parts.port or {"https": 443}.get(scheme, 80)
+        socket.create_connection((host, port), timeout=seconds).close()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{uri}: the endpoint {endpoint} cannot be reached ({error}); check endpoint_url") from error
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:

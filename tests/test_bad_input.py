@@ -200,8 +200,7 @@ def test_a_frame_that_breaks_its_batch_is_found_and_becomes_an_error_row(actor: 
     assert captions[11].error.startswith("model: ValueError: this frame is poison")
 
 
-UNREACHABLE = """{"endpoint_url": "http://127.0.0.1:9", "key": "a", "secret": "b",
- "config_kwargs": {"retries": {"max_attempts": 0}}}"""
+UNREACHABLE = '{"endpoint_url": "http://127.0.0.1:9", "key": "a", "secret": "b"}'
 
 
 def settings_mistakes(root: Path, captioner: Path) -> dict[str, list[str]]:
@@ -219,6 +218,9 @@ def settings_mistakes(root: Path, captioner: Path) -> dict[str, list[str]]:
         "unreachable endpoint": [
             "--input-uri", "s3://bucket/in", *good[2:], "--storage-options",
             UNREACHABLE,
+        ],
+        "options of which store?": [
+            "--input-uri", "s3://b/in", "--output-uri", "gs://b/out", "--storage-options", UNREACHABLE,
         ],
         "damaged captioner": [*good[:5], str(damaged)],
         "missing captioner": [*good[:5], f"{root}/nothing"],

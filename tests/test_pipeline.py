@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +227,32 @@ def test_only_the_columns_asked_for_are_kept(
     caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, keep_columns=keep)
     rows = read_output(tmp_path / "out")["s000.parquet"]
     assert [name for name in rows.column_names if not name.startswith("caption")] == columns
+
+
+@here
+def test_columns_of_every_type_come_back_unchanged(tmp_path: Path, tiny_captioner_dir: Path) -> None:
+    moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    given = pa.table(
+        {
+            "frame_id": pa.array([1, 2, 3], pa.uint16()),
+            "label": pa.array(["a", None, "a"]).dictionary_encode(),
+            "when": pa.array([moment, None, moment], pa.timestamp("us", "Asia/Yekaterinburg")),
+            "boxes": pa.array([[[1.5, 2.0]], [], None], pa.list_(pa.list_(pa.float32()))),
+            "meta": pa.array([{"k": 1, "t": "ж"}, None, {"k": None, "t": ""}]),
+            "tags": pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int8())),
+            "price": pa.array([Decimal("1.20"), None, Decimal("-3.00")], pa.decimal128(7, 2)),
+            "nothing": pa.nulls(3),
+            "raw": pa.array([b"\0\xff", b"", None], pa.large_binary()),
+            "half": pa.array(np.array([0.5, -1, 2], np.float16)),
+        }
+    )
+    (tmp_path / "in").mkdir()
+    pq.write_table(given.append_column("image", [[jpeg(row) for row in range(3)]]), tmp_path / "in" / "types.parquet")
+    written = pq.read_table(tmp_path / "in" / "types.parquet").drop_columns("image")
+    caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
+    kept = read_output(tmp_path / "out")["types.parquet"].select(written.column_names)
+    assert kept.schema.equals(written.schema)
+    assert kept.equals(written)
 
 
 def test_the_output_opens_as_the_readme_says(dataset: tuple[Path, Path]) -> None:

@@ -28,6 +28,7 @@ from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, InputColum
 from framecap.storage import (
     MANIFEST,
     OPTIONS_VARIABLE,
+    check_endpoint,
     is_local,
     join,
     local_copy,
@@ -159,6 +160,8 @@ def prepare(settings: CaptionSettings) -> Job:
     places = (settings.input_uri, settings.output_uri, captioner)
     if settings.storage_options:
         os.environ[OPTIONS_VARIABLE] = json.dumps(name_scheme(settings.storage_options, places))
+    for place in places:
+        check_endpoint(place)
     directory = _local_captioner(captioner)
     encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
     source = list_input(settings.input_uri)

@@ -247,7 +247,7 @@ class _ChunkBuilder:
             self._pixels[slot] = crop_and_resize(data, options.resolution, options.decode, options.max_pixels)  # type: ignore[arg-type]
         except FrameError as error:
             self._known[digest] = str(error)
-            return error
+            return error.with_traceback(None)  # which would keep the whole batch alive
         except Exception as error:  # a decoder's own mistake is this frame's fault, not the shard's
             return FrameError("not_an_image", f"{type(error).__name__}: {str(error)[:200]}")
         finally:
