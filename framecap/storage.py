@@ -143,6 +143,8 @@ def check_endpoint(uri: str, seconds: float = 5.0) -> None:
     """
     options = options_for(uri)
     endpoint = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
+    if not endpoint and not is_local(uri) and _store(uri) == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not endpoint:
         return
     parts = urllib.parse.urlsplit(str(endpoint))

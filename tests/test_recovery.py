@@ -23,6 +23,7 @@ from shards import caption, jpeg, read_output, shard_table, state_files, without
 
 from framecap.errors import LockedError
 from framecap.pipeline.lock import OutputLock
+from framecap.pipeline.stops import StopRun, Stops
 
 __all__ = ["without_ray"]  # a fixture
 REPOSITORY = Path(__file__).parent.parent
@@ -129,6 +130,14 @@ def test_sigterm_publishes_what_is_finished_and_says_that_work_is_left(
     rest = caption(source, out, tiny_captioner_dir, batch_size=4, max_new_tokens=40)
     assert (rest.exit_code, rest.shards_done_before) == (0, summary["published_shards"])
     assert_same(out, undisturbed[1])
+
+
+def test_sigint_is_heard_as_sigterm_is() -> None:
+    with Stops(None) as stops:
+        stops.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(StopRun, match="SIGINT was received"):
+            stops.check()
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -12,6 +12,7 @@ from framecap.errors import ChecksumError, MissingFileError, SettingsError, Stor
 from framecap.storage import (
     OPTIONS_VARIABLE,
     atomic_path,
+    check_endpoint,
     is_local,
     join,
     local_copy,
@@ -106,6 +107,14 @@ def test_options_by_scheme_and_flat_ones_do_not_mix(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(OPTIONS_VARIABLE, json.dumps({"s3": {"key": "a"}, "anon": True}))
     with pytest.raises(SettingsError, match="'anon' stands beside 's3'"):
         options_for("s3://b/x")
+
+
+def test_an_endpoint_that_nobody_answers_at_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"the endpoint http://127\.0\.0\.1:9 cannot be reached"):
+        check_endpoint("s3://b/x")
+    for elsewhere in ("gs://b/x", "/local/x"):
+        check_endpoint(elsewhere)
 
 
 @pytest.mark.parametrize(("uri", "extra"), [("gs://b/x", "gcs"), ("abfs://c/x", "azure")])
