@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -157,8 +158,8 @@ class Fragile:
 
     resolution = 8
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, poison: str = "this frame is poison") -> None:
+        self.most, self.poison = most, poison
         self.calls: list[int] = []
 
     def caption_pixels(
@@ -168,7 +169,7 @@ class Fragile:
         if len(pixels) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if any(frame[0, 0, 0] == 255 for frame in pixels):
-            raise ValueError("this frame is poison")
+            raise ValueError(self.poison)
         return [Caption(str(int(frame[0, 0, 0]))) for frame in pixels]
 
 
@@ -198,6 +199,26 @@ def test_a_frame_that_breaks_its_batch_is_found_and_becomes_an_error_row(actor: 
     assert [caption.status for caption in captions] == ["ok"] * 11 + ["error"] + ["ok"] * 2
     assert captions[11].error is not None
     assert captions[11].error.startswith("model: ValueError: this frame is poison")
+
+
+def caption_on_a_lost_gpu(options: ActorOptions) -> None:
+    actor = CaptionActor(options)
+    actor._captioner = Fragile(100, "CUDA error: an illegal memory access was encountered")  # type: ignore[assignment]
+    actor.caption_rows(pictures([1, 255, 2]), [0] * 3)
+
+
+def test_an_actor_whose_gpu_answers_no_more_gives_way(
+    tiny_captioner_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its batch is then another actor's; no frame is blamed."""
+    options = ActorOptions(str(tiny_captioner_dir), str(tmp_path), "f", DecodeOptions(), device="cpu")
+    actor = multiprocessing.get_context("spawn").Process(target=caption_on_a_lost_gpu, args=(options,))
+    actor.start()
+    actor.join(timeout=120)
+    assert actor.exitcode == 1
+    said = capfd.readouterr().err
+    assert "this GPU answers no more" in said
+    assert "Traceback" not in said, "an exception would end the whole run"
 
 
 UNREACHABLE = '{"endpoint_url": "http://127.0.0.1:9", "key": "a", "secret": "b"}'
