@@ -23,6 +23,7 @@ from transformers import (
 
 from framecap.errors import CaptionerError
 from framecap.model.images import Frame, preprocess
+from framecap.model.packed import pack_linears
 from framecap.model.ruclip_layout import (
     HEAD_WIDTH,
     TEXT_NAMES,
@@ -70,6 +71,7 @@ class RuClip(nn.Module):
         self.tokenizer = tokenizer
         self.vision = CLIPVisionModelWithProjection(_vision_config(config))
         self.text = CLIPTextModelWithProjection(_text_config(config)) if config.transformer_layers else None
+        pack_linears(self)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod

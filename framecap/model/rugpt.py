@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from framecap.errors import BridgeMismatchError, CaptionerError, PositionLimitError, WeightsError
 from framecap.model.bpe import GptTokenizer
 from framecap.model.kv_cache import KvCache, Window
+from framecap.model.packed import PackedLinear, PackedWeight
 from framecap.model.rugpt_config import GELU_TANH, RuGptConfig, with_tokenizer_ids
 from framecap.model.rugpt_layout import CONV1D, cross_name, is_cross, normalise_names
 from framecap.model.weights import check_layout, read_state_dict, write_state_dict
@@ -29,8 +30,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: RuGptConfig) -> None:
         super().__init__()
         self.heads = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = PackedLinear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = PackedLinear(config.n_embd, config.n_embd)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, Q, E] → query, key, value, each [n, Q, heads, head_dim]."""
@@ -44,9 +45,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: RuGptConfig) -> None:
         super().__init__()
         self.heads = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
-        self.q_attn = nn.Linear(config.n_embd, config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = PackedLinear(config.n_embd, 2 * config.n_embd)
+        self.q_attn = PackedLinear(config.n_embd, config.n_embd)
+        self.c_proj = PackedLinear(config.n_embd, config.n_embd)
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """[n, M, E] → key, value, each [n, M, heads, head_dim]."""
@@ -60,8 +61,8 @@ class Mlp(nn.Module):
     def __init__(self, config: RuGptConfig) -> None:
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, inner)
-        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.c_fc = PackedLinear(config.n_embd, inner)
+        self.c_proj = PackedLinear(inner, config.n_embd)
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,6 +131,7 @@ class RuGpt(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.eps)
+        self._head = PackedWeight()
 
     @classmethod
     def from_config(cls, config: RuGptConfig, tokenizer: GptTokenizer | None = None) -> RuGpt:
@@ -198,7 +200,7 @@ class RuGpt(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] → [..., V], with the input embedding as output matrix."""
-        return F.linear(hidden, self.wte.weight)
+        return self._head.linear(hidden, self.wte.weight, None)
 
     def hidden_train(
         self, inputs: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None
