@@ -14,7 +14,8 @@ from typing import NoReturn
 from framecap import __version__
 from framecap.errors import FramecapError, SettingsError
 
-EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED = 0, 1, 2, 3
+EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+_REMOTE = "Paths may be URIs (s3://, gs://, abfs://); FRAMECAP_STORAGE_OPTIONS holds their backend's options as JSON."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
+    except KeyboardInterrupt:
+        print("framecap: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, for instance `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
@@ -41,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     from framecap import pack, verify
     from framecap.report import report
 
-    parser = _Parser(prog="framecap", description="Russian descriptions of video frames.")
+    parser = _Parser(prog="framecap", description="Russian descriptions of video frames.", epilog=_REMOTE)
     parser.add_argument("--version", action="version", version=f"framecap {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     describe = commands.add_parser("describe", help="caption image files on this machine")
@@ -62,12 +66,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "One Russian sentence per image, on this machine."
+    parser.epilog = "Exit code: 0 all described, 2 settings or weights are wrong, 3 an image could not be read."
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--captioner", help="captioner directory or URI (default: $FRAMECAP_CAPTIONER, else bundled)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
-    parser.add_argument("--num-beams", type=int, default=1, help="beams of the search; 1 is greedy (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="longest caption in tokens (default: 40)")
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams; 1 is greedy (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest caption (default: 40)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image, with all scores")
 
 
@@ -91,6 +97,7 @@ def _describe(args: argparse.Namespace) -> int:
 
 
 def _assemble_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Put an encoder, a decoder and a bridge together, check that they fit, write their checksums."
     parser.add_argument("--encoder", required=True, help="ruCLIP checkpoint directory, or ViT-B32-small.pt")
     parser.add_argument("--decoder", required=True, help="ruGPT3 checkpoint directory (transformers layout)")
     parser.add_argument("--bridge", required=True, help="bridge.safetensors, or a ClipCap checkpoint (.pt)")

@@ -33,7 +33,7 @@ def read_captions(uri: str, columns: Sequence[str] | None = None, filter: pc.Exp
     Raises:
         SettingsError: no shards at ``uri``, or a column that none of them has.
     """
-    listing = list_input(uri)
+    listing = list_input(uri, "the URI")
     fs, _ = open_fs(listing.root)
     paths = [open_fs(join(listing.root, shard))[1] for shard in listing.marks]
     fragments = ds.dataset(paths, format="parquet", filesystem=fs)

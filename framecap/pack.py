@@ -11,7 +11,7 @@ import io
 import re
 import sys
 import tempfile
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,14 +24,10 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from framecap.errors import FrameError, SettingsError
-from framecap.storage import atomic_path, join, open_fs, read_bytes
+from framecap.pack_sources import Source, list_sources
+from framecap.storage import atomic_path, backend_errors, is_local, join, open_fs, read_bytes
 from framecap.video import SELECTIONS, Selection, read_video
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv"}
-    | {".3gp", ".ogv"}
-)
 FRAME_SHARD_SCHEMA = pa.schema(
     [
         ("frame_id", pa.string()),
@@ -43,6 +39,7 @@ FRAME_SHARD_SCHEMA = pa.schema(
         ("image", pa.binary()),
     ]
 )
+_LEFT_OVER = re.compile(r"\.frames-\d{5,}\.parquet\.[0-9a-f]{32}\.tmp")
 _SHARD_NAME = re.compile(r"frames-\d{5,}\.parquet")
 _ROW_GROUP_BYTES = 16 * 1024 * 1024
 _READ_AHEAD = 16
@@ -62,17 +59,6 @@ class PackOptions:
             raise SettingsError(f"quality={self.quality} is outside 1…100; 90 is a good value")
         if not self.shard_mb > 0:
             raise SettingsError(f"shard size {self.shard_mb} MB is impossible; 256 is a good value")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file to pack: ``name`` is the frame id of an image, or the video id of a video."""
-
-    uri: str
-    name: str
-    video_id: str
-    position: int
-    is_video: bool
 
 
 @dataclass(frozen=True)
@@ -109,81 +95,48 @@ def pack(
     """
     options = options or PackOptions()
     found = list_sources(sources)
-    _clear(out, options.overwrite)
+    with backend_errors(out):
+        _clear(out, options.overwrite)
     unreadable: list[Unreadable] = []
     silent = not (sys.stderr.isatty() if progress is None else progress)
     writer = ShardWriter(out, int(options.shard_mb * 1_000_000))
-    with writer, tqdm(found, unit="file", disable=silent, desc="pack") as bar:
+    with writer, tqdm(found, unit="file", disable=silent, desc="pack", miniters=0) as bar:
         for source, rows in _read_ahead(bar, options):
             try:
                 for row in rows:
                     writer.add(row)
+                    if source.is_video and not silent:  # a film takes minutes: its frames show that it moves
+                        bar.set_postfix(frames=writer.frames, unreadable=len(unreadable), refresh=False)
+                        bar.update(0)
             except FrameError as error:
                 unreadable.append(Unreadable(source.uri, str(error)))
             bar.set_postfix(frames=writer.frames, unreadable=len(unreadable), refresh=False)
     return PackResult(writer.frames, tuple(writer.shards), tuple(unreadable))
 
 
-def list_sources(given: Sequence[str]) -> list[Source]:
-    """Every image and video among ``given``, in the order given; a folder's files in path order.
-
-    With more than one source, a folder's names begin with the folder's own, so that ids stay apart. A video
-    loses its suffix, unless two videos differ by nothing else.
-
-    Raises:
-        SettingsError: nothing to pack, a source that does not exist, or two files of one name.
-    """
-    files = [file for uri in given for file in _below(uri, prefix=len(given) > 1)]
-    if not files:
-        raise SettingsError(f"{', '.join(given) or 'no source'}: no image or video to pack there; check the path")
-    stems = Counter(str(path.with_suffix("")) for _, path, _ in files if _is_video(path))
-    sources, seen, positions = [], dict[str, str](), Counter[str]()
-    for uri, path, folder in files:
-        stem, video = str(path.with_suffix("")), _is_video(path)
-        name = stem if video and stems[stem] == 1 else str(path)
-        if name in seen:
-            raise SettingsError(f"{seen[name]} and {uri} would share the id {name!r}; pack a folder that holds both")
-        seen[name] = uri
-        video_id = name if video else folder
-        sources.append(Source(uri, name, video_id, positions[video_id], video))
-        positions[video_id] += 1
-    return sources
-
-
-def _is_video(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def _below(uri: str, prefix: bool) -> list[tuple[str, PurePosixPath, str]]:
-    """(URI, path that names it, folder) of each file at or below ``uri``."""
-    fs, path = open_fs(uri)
-    root = PurePosixPath(path)
-    if fs.isfile(path):
-        return [(uri, PurePosixPath(root.name), root.parent.name)]
-    if not fs.exists(path):
-        raise SettingsError(f"{uri} does not exist; check the path")
-    found = []
-    for file in sorted(fs.find(path)):
-        relative = PurePosixPath(file).relative_to(root)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not hidden and relative.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-            named = root.name / relative if prefix else relative
-            folder = str(named.parent) if named.parent.name else root.name
-            found.append((join(uri, str(relative)), named, folder))
-    return found
-
-
 def _clear(out: str, overwrite: bool) -> None:
+    """Make sure that ``out`` can be written and holds no shard; what a killed pack left half-written goes."""
     fs, path = open_fs(out)
-    shards = [file for file in (fs.find(path) if fs.exists(path) else []) if file.endswith(".parquet")]
+    if fs.isfile(path):
+        raise SettingsError(f"--out {out} is a file; give a folder")
+    if is_local(out):
+        try:
+            fs.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from error
+    files = fs.find(path) if fs.exists(path) else []
+    shards = [file for file in files if file.endswith(".parquet")]
     if shards and not overwrite:
-        raise SettingsError(f"{out} already holds {len(shards)} shards; choose an empty folder, or --overwrite")
+        raise SettingsError(
+            f"{out} already holds {len(shards)} shards of an earlier pack, which may have been broken off; "
+            "--overwrite packs anew, or choose an empty folder"
+        )
     foreign = [file for file in shards if not _SHARD_NAME.fullmatch(PurePosixPath(file).name)]
     if foreign:
         raise SettingsError(
             f"{foreign[0]} was not written by pack; --overwrite would mix with it: choose another folder"
         )
-    for file in shards:
+    for file in shards + [file for file in files if _LEFT_OVER.fullmatch(PurePosixPath(file).name)]:
         fs.rm_file(file)
 
 
@@ -311,8 +264,10 @@ class ShardWriter:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``framecap pack``."""
+    parser.fromfile_prefix_chars = "@"
     parser.description = "Images, folders of them, and video files become frame shards (Parquet)."
-    parser.add_argument("sources", nargs="+", metavar="SRC", help="image, video, or folder (recursive)")
+    parser.epilog = "Exit code: 0 all packed, 2 a place or setting is wrong, 3 some files could not be read (listed)."
+    parser.add_argument("sources", nargs="+", metavar="SRC", help="image, video, folder (recursive), or @FILE of such")
     parser.add_argument("--out", required=True, metavar="URI", help="folder for the shards")
     parser.add_argument(
         "--select", choices=SELECTIONS, default="every", help="which frames of a video (default: every)"
@@ -335,10 +290,11 @@ def run(args: argparse.Namespace) -> int:
     selection = Selection(args.select, args.every, args.scene_threshold)
     options = PackOptions(selection, args.quality, args.shard_mb, args.overwrite)
     result = pack(args.sources, args.out, options)
-    print(f"{result.frames} frames in {len(result.shards)} shards under {args.out}")
+    count = len(result.shards)
+    print(f"{result.frames:,} frames in {count:,} {'shard' if count == 1 else 'shards'} under {args.out}")
     if not result.unreadable:
         return 0
-    print(f"{len(result.unreadable)} files could not be read to their end:", file=sys.stderr)
+    print(f"could not be read to the end ({len(result.unreadable):,}):", file=sys.stderr)
     for entry in result.unreadable:
         print(f"  {entry.uri}: {entry.error}", file=sys.stderr)
     return 3

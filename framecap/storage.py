@@ -27,7 +27,7 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from framecap.errors import ChecksumError, MissingFileError, SettingsError, StorageError
+from framecap.errors import ChecksumError, FramecapError, MissingFileError, SettingsError, StorageError
 
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
@@ -156,6 +156,21 @@ def check_endpoint(uri: str, seconds: float = 5.0) -> None:
         socket.create_connection((host, port), timeout=seconds).close()
     except (OSError, ValueError) as error:
         raise StorageError(f"{uri}: the endpoint {endpoint} cannot be reached ({error}); check endpoint_url") from error
+
+
+@contextmanager
+def backend_errors(uri: str | os.PathLike[str]) -> Iterator[None]:
+    """While a place is first reached: a backend's own kinds of errors become one `StorageError` naming ``uri``."""
+    check_endpoint(os.fspath(uri))
+    try:
+        yield
+    except (FramecapError, OSError):
+        raise
+    except Exception as error:  # no credentials, no such endpoint: botocore, aiohttp, google and azure name them apart
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise StorageError(
+            f"{os.fspath(uri)} cannot be reached: {text}; check its credentials, and {OPTIONS_VARIABLE}"
+        ) from error
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:

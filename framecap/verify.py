@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from framecap import schema
 from framecap.errors import ShardError
-from framecap.pipeline.listing import list_input, list_shards, open_shard
-from framecap.storage import open_fs
+from framecap.pipeline.listing import list_input, list_output, open_shard
+from framecap.storage import check_endpoint, open_fs
 from framecap.verify_rows import IdStream, compare_rows
 
 FAULTS = {
@@ -40,6 +40,7 @@ FAULTS = {
     "unfinished": "a fragment, lock or temporary file that a run left behind",
 }
 _BATCH = 16_384
+_LISTED = 20
 _THREADS = 4
 
 
@@ -76,6 +77,8 @@ class _Checked:
     error_rows: int = 0
     fingerprint: str | None = None
     faults: tuple[Fault, ...] = ()
+    kept: frozenset[str] = frozenset()
+    left_out: frozenset[str] = frozenset()
 
 
 def verify(
@@ -90,31 +93,34 @@ def verify(
     ``fingerprint`` is the one every shard must carry; by default the one that most shards carry.
 
     Raises:
-        SettingsError: nothing is at ``frames``.
+        SettingsError: nothing is at ``frames``, or no folder at ``captions``.
         StorageError: a URI has a scheme without a backend.
     """
     columns = columns or schema.InputColumns()
-    listing = list_input(frames)
-    sources, outputs = listing.marks, list_shards(captions)
-    faults = [Fault("missing_shard", name, "has no caption shard") for name in sources if name not in outputs]
-    faults += [Fault("extra_shard", name, "has no frame shard") for name in outputs if name not in sources]
+    check_endpoint(frames)
+    listing = list_input(frames, "IN")
+    sources, outputs = listing.marks, list_output(captions)
+    faults = [Fault("extra_shard", name, "has no frame shard") for name in outputs if name not in sources]
     faults += list(unfinished(captions))
-    pairs = [name for name in sources if name in outputs]
     quiet = not (sys.stderr.isatty() if progress is None else progress)
 
     def check(name: str) -> _Checked:
+        if name not in outputs:
+            return _Checked(name, faults=(_missing(name, listing.root, columns),))
         return _check_pair(name, sources[name], (listing.root, captions), columns)
 
     with ThreadPoolExecutor(_THREADS, "verify") as threads:
-        checked = list(tqdm(threads.map(check, pairs), total=len(pairs), unit="shard", disable=quiet, desc="verify"))
+        results = threads.map(check, sources)
+        checked = list(tqdm(results, total=len(sources), unit="shard", disable=quiet, desc="verify"))
     expected = fingerprint or _most_common(checked)
     for pair in checked:
         faults += pair.faults
         if pair.fingerprint is not None and pair.fingerprint != expected:
             faults.append(Fault("fingerprint", pair.where, f"carries {pair.fingerprint}, not {expected}"))
+    faults += _uneven_columns(checked)
     order = list(FAULTS)
     return VerifyResult(
-        len(pairs),
+        sum(name in outputs for name in sources),
         sum(pair.frames for pair in checked),
         sum(pair.error_rows for pair in checked),
         expected,
@@ -125,6 +131,18 @@ def verify(
 def _most_common(checked: Sequence[_Checked]) -> str | None:
     known = Counter(pair.fingerprint for pair in checked if pair.fingerprint is not None)
     return known.most_common(1)[0][0] if known else None
+
+
+def _uneven_columns(checked: Sequence[_Checked]) -> Iterator[Fault]:
+    """Columns that some shards carry over and others leave out: whichever are fewer are at fault."""
+    kept = Counter(name for pair in checked for name in pair.kept)
+    left_out = Counter(name for pair in checked for name in pair.left_out)
+    for name in sorted(set(kept) & set(left_out)):
+        fewer_keep = kept[name] < left_out[name]
+        for pair in checked:
+            if name in (pair.kept if fewer_keep else pair.left_out):
+                here, elsewhere = ("kept", "left out") if fewer_keep else ("left out", "kept")
+                yield Fault("schema", pair.where, f"column {name!r} is {here} here and {elsewhere} in most shards")
 
 
 def unfinished(uri: str) -> Iterator[Fault]:
@@ -142,14 +160,34 @@ def unfinished(uri: str) -> Iterator[Fault]:
             yield Fault("unfinished", name, "temporary file of a write that did not end")
 
 
+def _missing(name: str, root: str, columns: schema.InputColumns) -> Fault:
+    """Why a frame shard has no caption shard: the job leaves out what it cannot read."""
+    try:
+        with open_shard(root, name) as frames:
+            columns.check(frames.schema_arrow, pa.schema([]))
+    except ShardError as error:
+        return Fault("unreadable", name, f"the frame shard cannot be captioned: {error.message}")
+    return Fault("missing_shard", name, "has no caption shard")
+
+
+def _open_captions(root: str, name: str) -> pq.ParquetFile:
+    try:
+        return open_shard(root, name)
+    except ShardError as error:
+        raise ShardError(error.kind, f"the caption shard: {error.message}") from error
+
+
 def _check_pair(name: str, signature: str, roots: tuple[str, str], columns: schema.InputColumns) -> _Checked:
     try:
         with open_shard(roots[0], name) as frames:
             columns.check(frames.schema_arrow, pa.schema([]))
-            with open_shard(roots[1], name) as captions:
+            with _open_captions(roots[1], name) as captions:
                 return _compare(name, signature, frames, captions, columns)
-    except (ShardError, pa.ArrowException, OSError, EOFError) as error:
-        return _Checked(name, faults=(Fault("unreadable", name, " ".join(str(error).split())),))
+    except ShardError as error:
+        text = error.message if error.message.startswith("the caption shard") else f"the frame shard: {error.message}"
+    except (pa.ArrowException, OSError, EOFError) as error:
+        text = " ".join(str(error).split())
+    return _Checked(name, faults=(Fault("unreadable", name, text),))
 
 
 def _compare(
@@ -179,7 +217,18 @@ def _compare(
         counts[schema.STATUS_ERROR],
         None if fingerprint is None else fingerprint.decode(),
         tuple(faults),
+        *_carried(frames, captions, columns),
     )
+
+
+def _carried(
+    frames: pq.ParquetFile, captions: pq.ParquetFile, columns: schema.InputColumns
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Of the columns that a run may keep or leave out: those that this shard carries, and those that it does not."""
+    optional = {schema.CANDIDATES_FIELD.name, schema.EMBEDDING_COLUMN}
+    optional |= set(frames.schema_arrow.names) - {columns.frame_id, columns.image}
+    found = optional & set(captions.schema_arrow.names)
+    return frozenset(found), frozenset(optional - found)
 
 
 def schema_faults(frames: pq.ParquetFile, captions: pq.ParquetFile, columns: schema.InputColumns) -> Iterator[str]:
@@ -236,12 +285,14 @@ def _status_faults(counts: Counter[str], metadata: dict[bytes, bytes]) -> Iterat
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``framecap verify``."""
     parser.description = "Prove that every frame of IN is in OUT exactly once, in order, by one captioner."
+    parser.epilog = "Exit code: 0 nothing is wrong, 1 a table of what is, 2 IN or OUT is not there."
     parser.add_argument("frames", metavar="IN", help="frame shards: file, folder or glob")
     parser.add_argument("captions", metavar="OUT", help="caption shards of the job")
     parser.add_argument("--id-column", default="frame_id", help="name of the id column (default: frame_id)")
     parser.add_argument("--image-column", default="image", help="name of the image column (default: image)")
     parser.add_argument("--image-uri-column", default="image_uri", help="name of the URI column (default: image_uri)")
     parser.add_argument("--fingerprint", help="the fingerprint all shards must carry (default: the most common one)")
+    parser.add_argument("--all", action="store_true", help="list every fault (default: the first 20 of each kind)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -249,20 +300,25 @@ def run(args: argparse.Namespace) -> int:
     columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
     result = verify(args.frames, args.captions, columns, args.fingerprint)
     print(
-        f"{result.shards} shards, {result.frames} frames, {result.error_rows} with status error, "
+        f"{result.shards:,} shards, {result.frames:,} frames, {result.error_rows:,} with status error, "
         f"fingerprint {result.fingerprint or 'none'}"
     )
     if result.ok:
         print("every frame is there once and in order")
         return 0
-    print(table(result.faults))
+    print(table(result.faults, None if args.all else _LISTED))
     return 1
 
 
-def table(faults: Iterable[Fault]) -> str:
-    """The faults as aligned lines, and what each kind means below."""
-    rows = [("fault", "where", "what was found"), *((f.kind, f.where, f.detail) for f in faults)]
+def table(faults: Iterable[Fault], most: int | None = None) -> str:
+    """The faults as aligned lines, ``most`` of each kind (None: all), and how many of each kind there are below."""
+    counts, rows = Counter[str](), [("fault", "where", "what was found")]
+    for fault in faults:
+        counts[fault.kind] += 1
+        if most is None or counts[fault.kind] <= most:
+            rows.append((fault.kind, fault.where, fault.detail))
+    if counts.total() >= len(rows):
+        rows.append(("…", "", f"and {counts.total() - len(rows) + 1:,} more; --all lists them"))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
-    counts = Counter(row[0] for row in rows[1:])
-    return "\n".join([*lines, "", *(f"{counts[kind]} × {kind}: {FAULTS[kind]}" for kind in FAULTS if counts[kind])])
+    return "\n".join([*lines, "", *(f"{counts[kind]:,} × {kind}: {FAULTS[kind]}" for kind in FAULTS if counts[kind])])

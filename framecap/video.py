@@ -6,6 +6,7 @@ has the same id in every selection. Knows nothing of shards or captions.
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def read_video(file: BinaryIO, selection: Selection) -> Iterator[VideoFrame]:
 
     Raises:
         SettingsError: PyAV is not installed.
-        FrameError: ``not_an_image`` when there is no readable video stream, ``truncated`` on damage.
+        FrameError: ``empty`` when there are no bytes, ``not_an_image`` when there is no readable video stream,
+            ``truncated`` on damage or when the file cannot be read on.
     """
     try:
         import av
@@ -66,7 +68,7 @@ def read_video(file: BinaryIO, selection: Selection) -> Iterator[VideoFrame]:
         raise SettingsError("reading video needs PyAV; pip install 'framecap[video]'") from error
     try:
         yield from _chosen(_decoded(av, file, selection), selection)
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise FrameError("truncated", f"the video cannot be decoded: {error}") from error
 
 
@@ -95,10 +97,12 @@ def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[in
 
 def _display_times(av: Any, file: BinaryIO) -> list[int]:
     """The presentation times of all frames, sorted, read without decoding; empty if the file has none."""
+    if not file.seek(0, io.SEEK_END):
+        raise FrameError("empty", "zero bytes")
     file.seek(0)
     try:
         container = av.open(file, metadata_errors="ignore")
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise FrameError("not_an_image", f"the file is not a video that can be read: {error}") from error
     with container:
         if not container.streams.video:

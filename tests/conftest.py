@@ -77,3 +77,21 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=4, object_store_memory=300_000_000, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of a moto server on loopback; this process and all workers reach it by storage options."""
+    from moto.server import ThreadedMotoServer
+
+    from framecap.storage import open_fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FRAMECAP_STORAGE_OPTIONS", json.dumps(options))
+        open_fs("s3://frames")[0].mkdir("frames")
+        yield "s3://frames"
+    server.stop()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import io
 import struct
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -148,6 +151,89 @@ def test_a_video_cut_short_gives_its_whole_frames_and_is_listed(tmp_path: Path) 
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     result = pack.pack([str(clip)], str(tmp_path / "out"), pack.PackOptions(Selection("every", 1)))
     assert 2 <= result.frames < 10
+
+
+def test_timestamps_of_a_variable_frame_rate_are_the_frames_own(tmp_path: Path) -> None:
+    times = [0, 100, 250, 1000, 1040, 2900, 3000, 3100]
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, time in enumerate(times):
+            frame = av.VideoFrame.from_image(drawn_frame(index * 20))
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    pack.pack([str(tmp_path / "clip.mkv")], str(tmp_path / "out"))
+    table = rows(tmp_path / "out")
+    assert table["timestamp_ms"].to_pylist() == [0, 1000, 2900, 3000]
+    assert table["frame_index"].to_pylist() == [0, 3, 5, 6]
+
+
+def test_videos_without_frames_are_listed_and_leave_no_row(tmp_path: Path) -> None:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    (folder / "empty.mp4").write_bytes(b"")
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    with av.open(str(folder / "none.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        container.start_encoding()
+    encode(folder / "good.mp4", [90] * 5)
+    result = pack.pack([str(folder)], str(tmp_path / "out"))
+    assert rows(tmp_path / "out")["frame_id"].to_pylist() == ["good/000000"]
+    assert sorted(Path(entry.uri).name for entry in result.unreadable) == ["empty.mp4", "none.mp4", "sound.mp4"]
+    assert next(entry.error for entry in result.unreadable if "empty.mp4" in entry.uri) == "empty: zero bytes"
+
+
+def test_names_in_russian_and_equal_names_in_two_folders_stay_apart(tmp_path: Path) -> None:
+    for name in ("лето/кадр 1.jpg", "зима/кадр 1.jpg"):
+        path = tmp_path / "архив" / name
+        path.parent.mkdir(parents=True)
+        drawn_frame(40).save(path)
+    for name in ("лето/ролик.mp4", "зима/ролик.mp4", "зима/ролик.mkv"):
+        encode(tmp_path / "архив" / name, [40] * 3)
+    pack.pack([str(tmp_path / "архив")], str(tmp_path / "out"))
+    assert rows(tmp_path / "out")["frame_id"].to_pylist() == [
+        "зима/кадр 1.jpg", "зима/ролик.mkv/000000", "зима/ролик.mp4/000000", "лето/кадр 1.jpg", "лето/ролик/000000",
+    ]  # fmt: skip
+
+
+def test_a_list_of_files_is_taken_from_a_file(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{pictures}/b/2.png\n{pictures}/top.webp\n")
+    parser = argparse.ArgumentParser()
+    pack.add_arguments(parser)
+    assert pack.run(parser.parse_args([f"@{tmp_path}/list.txt", "--out", str(tmp_path / "out")])) == 0
+    assert rows(tmp_path / "out")["frame_id"].to_pylist() == ["2.png", "top.webp"]
+
+
+def test_a_pack_killed_half_way_leaves_whole_shards_only_and_can_be_run_again(tmp_path: Path) -> None:
+    folder, out = tmp_path / "archive", tmp_path / "out"
+    folder.mkdir()
+    for index in range(400):
+        Image.effect_noise((300, 300), 80).save(folder / f"{index:04d}.jpg")
+    command = [sys.executable, "-m", "framecap.cli", "pack", str(folder), "--out", str(out), "--shard-mb", "0.3"]
+    child = subprocess.Popen(command)
+    deadline = time.monotonic() + 30
+    while len(list(out.glob("frames-*.parquet"))) < 3:
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.kill()
+    child.wait(10)
+    (out / f".frames-00009.parquet.{'0' * 32}.tmp").write_bytes(b"half")
+    kept = rows(out).num_rows
+    assert 0 < kept < 400
+    with pytest.raises(SettingsError, match=r"may have been broken off; --overwrite"):
+        pack.pack([str(folder)], str(out))
+    pack.pack([str(folder)], str(out), pack.PackOptions(shard_mb=0.3, overwrite=True))
+    assert rows(out).num_rows == 400
+    assert [path.name for path in out.iterdir() if path.suffix != ".parquet"] == []
 
 
 def test_a_video_filmed_upright_is_packed_upright(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_figures_count_every_row_while_the_gallery_keeps_to_its_limit(data: Data
     shown = report.write_report(str(data.captions), str(tmp_path / "r.html"), str(data.frames), options=options)
     page = page_data(tmp_path / "r.html")
     assert page["figures"]["rows"] == 300
-    assert 40 <= shown <= 50
+    assert 40 <= shown.shown <= 50
     assert sum(page["figures"]["statuses"].values()) == 300
     assert page["figures"]["errors"][0]["kind"] == "truncated"
     truncated = page["figures"]["statuses"]["truncated"]
@@ -287,6 +287,33 @@ def test_figures_count_every_row_while_the_gallery_keeps_to_its_limit(data: Data
 def test_a_caption_cannot_break_out_of_the_page() -> None:
     html = render({"title": "</script><script>alert(1)</script>"}, [])
     assert "<script>alert" not in html
+
+
+def test_frames_instead_of_captions_are_a_mistake_and_no_empty_page(data: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    with pytest.raises(SettingsError, match=r"no caption shard that can be read.*no column 'caption"):
+        report.write_report(str(data.frames), str(out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [("frames", "--frames /none"), ("against", "--against /none"), ("out", "is a folder")]
+)
+def test_a_mistaken_place_is_told_before_any_reading(data: Dataset, tmp_path: Path, wrong: str, said: str) -> None:
+    places = {"out": str(tmp_path / "report.html")} | {wrong: str(tmp_path) if wrong == "out" else "/none"}
+    with pytest.raises(SettingsError, match=said):
+        report.write_report(str(data.captions), **places)
+
+
+def test_damaged_shards_are_on_the_page_and_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path)
+    (data.captions / "day-0/frames-00000.parquet").write_bytes(b"PAR1 but no more")
+    out = tmp_path / "report.html"
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    assert report.run(parser.parse_args([str(data.captions), "--out", str(out)])) == 3
+    assert "day-0/frames-00000.parquet could not be read" in capsys.readouterr().err
+    assert list(page_data(out)["unreadable"]) == ["day-0/frames-00000.parquet"]
 
 
 def test_no_caption_shards_is_an_error(tmp_path: Path) -> None:

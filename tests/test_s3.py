@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from shards import caption, shard_table
 
 from framecap.errors import LockedError
@@ -17,20 +14,6 @@ from framecap.pipeline.lock import OutputLock
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket of a moto server on loopback; this process and all workers reach it by storage options."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FRAMECAP_STORAGE_OPTIONS", json.dumps(options))
-        open_fs("s3://frames")[0].mkdir("frames")
-        yield "s3://frames"
-    server.stop()
 
 
 def put_shard(uri: str, name: str, rows: int, seed: int) -> None:

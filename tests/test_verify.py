@@ -149,6 +149,21 @@ def cut_short(data: Dataset) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def frames_cut_short(data: Dataset) -> None:
+    path = data.frames / SHARD
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def unreadable_frames_without_captions(data: Dataset) -> None:
+    frames_cut_short(data)
+    missing_shard(data)
+
+
+def lost_pass_through_column(data: Dataset) -> None:
+    path = data.captions / SHARD
+    rewrite(path, pq.read_table(path).drop_columns(["timestamp_ms"]))
+
+
 def unknown_status(data: Dataset) -> None:
     path = data.captions / SHARD
     table = pq.read_table(path)
@@ -178,6 +193,9 @@ PLANTED: dict[Callable[[Dataset], None], set[str]] = {
     left_over_temporary: {"unfinished"},
     changed_frames: {"stale"},
     cut_short: {"unreadable"},
+    frames_cut_short: {"unreadable"},
+    unreadable_frames_without_captions: {"unreadable"},
+    lost_pass_through_column: {"schema"},
     unknown_status: {"status"},
 }
 
@@ -196,6 +214,35 @@ def test_a_planted_fault_is_found_and_is_the_only_one(
 def test_a_given_fingerprint_is_held_against_every_shard(data: Dataset) -> None:
     result = verify.verify(str(data.frames), str(data.captions), fingerprint="e" * 64)
     assert [fault.kind for fault in result.faults] == ["fingerprint"] * 3
+
+
+def test_which_side_is_damaged_is_told(data: Dataset) -> None:
+    frames_cut_short(data)
+    cut_short(data)
+    assert verify.verify(str(data.frames), str(data.captions)).faults[0].detail.startswith("the frame shard: ")
+    missing_shard(data)
+    assert "frame shard cannot be captioned" in verify.verify(str(data.frames), str(data.captions)).faults[0].detail
+
+
+def test_a_thousand_faults_are_counted_and_the_first_twenty_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path, frames=40, shards=40)
+    shutil.rmtree(data.captions / "day-0")
+    shutil.rmtree(data.captions / "day-1")
+    places = (str(data.frames), str(data.captions))
+    assert exit_code(*places) == 1
+    short = capsys.readouterr().out
+    assert exit_code(*places, "--all") == 1
+    assert (short.count("has no caption shard"), capsys.readouterr().out.count("has no caption shard")) == (20, 40)
+    assert "and 20 more" in short
+    assert "40 × missing_shard" in short
+
+
+def test_an_output_that_is_not_there_is_a_mistake_and_not_a_fault(data: Dataset) -> None:
+    for place, said in ((data.captions / "none", "does not exist"), (data.captions / SHARD, "is a file")):
+        with pytest.raises(SettingsError, match=said):
+            verify.verify(str(data.frames), str(place))
 
 
 def test_nothing_to_verify_is_an_error_not_a_proof(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fsspec.utils import stringify_path
 
 from framecap.errors import SettingsError, ShardError, StorageError
 from framecap.schema import SHARD_SUFFIX
-from framecap.storage import is_local, join, open_fs
+from framecap.storage import backend_errors, is_local, join, open_fs
 
 _MAGIC = frozenset("*?[")
 _READ_BUFFER = 1 << 20  # column chunks are streamed in pieces of this size, whatever the row group's size
@@ -28,21 +28,22 @@ class Listing:
     recursive: bool
 
 
-def list_input(uri: str) -> Listing:
+def list_input(uri: str, called: str = "--input-uri") -> Listing:
     """The frame shards at ``uri``: a file, a folder (recursive, ``*.parquet``) or a glob.
 
-    Names that start with ``_`` or ``.`` are no data. Raises ``SettingsError`` if there is nothing.
+    Names that start with ``_`` or ``.`` are no data. Raises ``SettingsError`` if there is nothing; ``called`` is
+    the name of ``uri`` in its message.
     """
     try:
         listing = _list_input(uri)
     except FileNotFoundError:
-        raise SettingsError(f"--input-uri {uri} does not exist") from None
+        raise SettingsError(f"{called} {uri} does not exist") from None
     except Exception as error:  # every backend has errors of its own; the operator needs one line
         if isinstance(error, SettingsError | StorageError):
             raise
-        raise SettingsError(f"--input-uri {uri} cannot be listed: {_short(error)}") from error
+        raise SettingsError(f"{called} {uri} cannot be listed: {_short(error)}") from error
     if not listing.marks:
-        raise SettingsError(f"--input-uri {uri} holds no {SHARD_SUFFIX} file")
+        raise SettingsError(f"{called} {uri} holds no {SHARD_SUFFIX} file")
     return listing
 
 
@@ -63,6 +64,17 @@ def _list_input(uri: str) -> Listing:
     if not fs.exists(path):
         raise FileNotFoundError(path)
     return Listing(uri.rstrip("/") or "/", list_shards(uri), True)
+
+
+def list_output(uri: str, called: str = "OUT") -> dict[str, str]:
+    """`list_shards` of a place that must be there. Raises ``SettingsError``, with ``called`` in its message."""
+    with backend_errors(uri):
+        fs, path = open_fs(uri)
+        if fs.isfile(path):
+            raise SettingsError(f"{called} {uri} is a file; give the folder that the job wrote (its --output-uri)")
+        if not fs.exists(path):
+            raise SettingsError(f"{called} {uri} does not exist; give the job's --output-uri")
+        return list_shards(uri)
 
 
 def list_shards(uri: str) -> dict[str, str]:

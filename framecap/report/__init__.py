@@ -1,5 +1,5 @@
 """``framecap report``: one self-contained page that shows what a captioner said about which frames."""
 
-from framecap.report.report import ReportOptions, add_arguments, run, write_report
+from framecap.report.report import ReportOptions, Written, add_arguments, run, write_report
 
-__all__ = ["ReportOptions", "add_arguments", "run", "write_report"]
+__all__ = ["ReportOptions", "Written", "add_arguments", "run", "write_report"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from framecap.errors import ShardError, StorageError
-from framecap.pipeline.listing import list_input, open_shard
+from framecap.pipeline.listing import open_shard
 from framecap.report.doubt import doubt, flags
 from framecap.report.thumbnails import thumbnail
 from framecap.schema import InputColumns
@@ -72,13 +72,14 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def add_thumbnails(frames: str, shown: list[Shown], columns: InputColumns, page_bytes: int) -> None:
-    """Give each frame its picture, read from the frame shards at ``frames``; all fit into ``page_bytes``.
+def add_thumbnails(
+    root: str, shown: list[Shown], columns: InputColumns, page_bytes: int, advance: Callable[[int], object]
+) -> None:
+    """Give each frame its picture, read from the frame shards below ``root``; all fit into ``page_bytes``.
 
     A frame whose shard, row or bytes are not there, or whose id differs, stays without one.
     """
     budget = min(_LARGEST, max(600, page_bytes // max(1, len(shown)) - _TEXT))
-    root = list_input(frames).root
     with ThreadPoolExecutor(_THREADS, "thumbnails") as threads:
         for shard, group in groupby(shown, key=lambda frame: frame.shard):
             wanted = {frame.number: frame for frame in group}
@@ -87,6 +88,7 @@ def add_thumbnails(frames: str, shown: list[Shown], columns: InputColumns, page_
                     for batch in _images(file, wanted, columns):
                         for frame, small in threads.map(lambda pair: (pair[0], _small(pair[1], budget)), batch):
                             frame.thumbnail = small
+                        advance(len(batch))
             except ShardError:
                 continue  # the gallery shows the captions of a lost shard without pictures
 

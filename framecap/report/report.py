@@ -9,16 +9,20 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-from collections.abc import Iterator
+import sys
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
+from tqdm import tqdm
 
 from framecap import schema
 from framecap.errors import SettingsError, ShardError
-from framecap.pipeline.listing import list_shards, open_shard
+from framecap.pipeline.listing import list_input, list_output, open_shard
 from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
 from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page
@@ -42,6 +46,15 @@ class ReportOptions:
             raise SettingsError(f"limit={self.limit} shows nothing; give a number above 0")
 
 
+@dataclass(frozen=True)
+class Written:
+    """What is on the page: frames, those of them with a picture, and the shards that could not be read."""
+
+    shown: int
+    pictures: int
+    unreadable: tuple[str, ...]
+
+
 Place = tuple[str, int]  # shard, row
 
 
@@ -61,23 +74,29 @@ def write_report(
     frames: str | None = None,
     against: str | None = None,
     options: ReportOptions | None = None,
-) -> int:
-    """Write the report of the caption shards at ``captions`` to the file ``out``; the frames it shows.
+    progress: bool | None = None,
+) -> Written:
+    """Write the report of the caption shards at ``captions`` to the file ``out``.
 
     ``frames`` holds their frame shards (without it there are no pictures), ``against`` another output over
-    the same frames to compare with.
+    the same frames to compare with. ``progress`` shows a bar; by default on a terminal only.
 
     Raises:
-        SettingsError: no caption shards there, or ``out`` is a folder.
+        SettingsError: no caption shards there, nothing at ``frames`` or ``against``, or ``out`` is a folder.
     """
     options = options or ReportOptions()
-    shards = list(list_shards(captions))
-    if not shards:
-        raise SettingsError(f"{captions} holds no caption shards; give the job's --output-uri")
-    survey = _survey(captions, shards, against, options)
+    shards = _checked_places(captions, out, against)
+    root = None if frames is None else list_input(frames, "--frames").root
+    quiet = not (sys.stderr.isatty() if progress is None else progress)
+    with tqdm(shards, unit="shard", desc="figures", disable=quiet) as bar:
+        survey = _survey(captions, bar, against, options)
+    if len(survey.unreadable) == len(shards):
+        shard, error = next(iter(survey.unreadable.items()))
+        raise SettingsError(f"{captions} holds no caption shard that can be read; {shard}: {error}")
     shown = list(_shown(captions, survey.places, against, options))
-    if frames is not None:
-        add_thumbnails(frames, shown, options.columns, _PAGE_BYTES)
+    if root is not None:
+        with tqdm(total=len(shown), unit="frame", desc="pictures", disable=quiet) as bar:
+            add_thumbnails(root, shown, options.columns, _PAGE_BYTES, bar.update)
     shown.sort(key=lambda frame: -frame.doubt)
     pictures = [frame.thumbnail for frame in shown if frame.thumbnail is not None]
     page = {
@@ -92,7 +111,20 @@ def write_report(
         "frames": list(to_page(shown, options.video_id)),
     }
     write_bytes_atomic(out, render(page, pictures).encode())
-    return len(shown)
+    return Written(len(shown), len(pictures), tuple(survey.unreadable))
+
+
+def _checked_places(captions: str, out: str, against: str | None) -> list[str]:
+    """The caption shards to show; everything that may be mistaken is found before the long part begins."""
+    shards = list(list_output(captions))
+    if not shards:
+        raise SettingsError(f"{captions} holds no caption shards; give the job's --output-uri")
+    if against is not None:
+        list_output(against, "--against")
+    fs, path = open_fs(out)
+    if fs.isdir(path):
+        raise SettingsError(f"--out {out} is a folder; give a file, such as {join(out, 'report.html')}")
+    return shards
 
 
 def render(page: dict[str, Any], pictures: list[str]) -> str:
@@ -122,7 +154,7 @@ def run_summaries(captions: str) -> list[dict[str, Any]]:
     return [json.loads(read_bytes(join(folder, run_id, "summary.json"))) for run_id in runs[:20]]
 
 
-def _survey(captions: str, shards: list[str], against: str | None, options: ReportOptions) -> _Survey:
+def _survey(captions: str, shards: Iterable[str], against: str | None, options: ReportOptions) -> _Survey:
     survey = _Survey(Figures(), Change() if against else None, [], {})
     doubtful: list[tuple[float, int, Place]] = []
     spread = _Spread(options.limit)
@@ -169,20 +201,28 @@ class _Spread:
 
 
 def _rows(
-    captions: str, shard: str, against: str | None, options: ReportOptions
+    captions: str, shard: str, against: str | None, options: ReportOptions, wanted: list[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any] | None]]:
-    """(row number, caption row, the other run's row of the same frame) of one shard."""
+    """(row number, caption row, the other run's row of the same frame) of one shard.
+
+    ``wanted`` are the rows to give, ascending (None: all, with only the columns that the figures need).
+    """
     others = _others(against, shard, options) if against else {}
     frame_id = options.columns.frame_id
-    number = 0
+    start = 0
     with open_shard(captions, shard) as file:
         names = [name for name in file.schema_arrow.names if name != schema.EMBEDDING_COLUMN]
         if missing := {frame_id, *(f.name for f in schema.CAPTION_FIELDS[:-1])} - set(names):
             raise ShardError("missing_column", f"no column {sorted(missing)[0]!r}: not a caption shard")
+        if wanted is None:
+            names = [frame_id, *(f.name for f in schema.CAPTION_FIELDS if f.name in names)]
         for batch in file.iter_batches(_BATCH, columns=names):
-            for row in batch.to_pylist():
+            first, last = bisect_left(wanted or (), start), bisect_left(wanted or (), start + len(batch))
+            numbers = range(start, start + len(batch)) if wanted is None else wanted[first:last]
+            chosen = batch if wanted is None else batch.take([number - start for number in numbers])
+            for number, row in zip(numbers, chosen.to_pylist(), strict=True):
                 yield number, row, others.get(row[frame_id])
-                number += 1
+            start += len(batch)
 
 
 def _others(against: str, shard: str, options: ReportOptions) -> dict[Any, dict[str, Any]]:
@@ -196,20 +236,17 @@ def _others(against: str, shard: str, options: ReportOptions) -> dict[Any, dict[
 
 
 def _shown(captions: str, places: list[Place], against: str | None, options: ReportOptions) -> Iterator[Shown]:
-    wanted: dict[str, set[int]] = {}
-    for shard, number in places:
-        wanted.setdefault(shard, set()).add(number)
-    for shard, numbers in wanted.items():
-        for number, row, other in _rows(captions, shard, against, options):
-            if number in numbers:
-                yield Shown(shard, number, row, other, str(row[options.columns.frame_id]))
+    for shard, group in groupby(places, key=lambda place: place[0]):
+        for number, row, other in _rows(captions, shard, against, options, [number for _, number in group]):
+            yield Shown(shard, number, row, other, str(row[options.columns.frame_id]))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``framecap report``."""
     parser.description = "Show captions under their frames in one self-contained HTML page."
+    parser.epilog = "Exit code: 0 the page is written, 2 a place is wrong, 3 the page lacks shards that are damaged."
     parser.add_argument("captions", metavar="OUT", help="caption shards of the job")
-    parser.add_argument("--frames", metavar="IN", help="their frame shards; without them the page has no pictures")
+    parser.add_argument("--frames", metavar="IN", help="frame shards of the same run; without them no pictures")
     parser.add_argument("--against", metavar="OUT2", help="another output over the same frames, to compare with")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
     parser.add_argument("--limit", type=int, default=5000, help="frames shown; figures count all (default: 5000)")
@@ -221,9 +258,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """``framecap report``; 0 when the page is written."""
+    """``framecap report``; 0 when the page is written, 3 if it lacks shards that could not be read."""
     columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
     options = ReportOptions(args.limit, args.title, columns, args.video_column)
-    shown = write_report(args.captions, args.out, args.frames, args.against, options)
-    print(f"{args.out}: {shown} frames shown")
-    return 0
+    written = write_report(args.captions, args.out, args.frames, args.against, options)
+    print(f"{args.out}: {written.shown:,} frames shown, {written.pictures:,} with their pictures")
+    if args.frames and not written.pictures:
+        print(f"no frame of {args.frames} is one of these: is it the input of this output?", file=sys.stderr)
+    for shard in written.unreadable:
+        print(f"  {shard} could not be read; the page says why", file=sys.stderr)
+    return 3 if written.unreadable else 0
