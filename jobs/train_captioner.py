@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = TrainSettings.from_command_line(argv)
-        print(train_captioner(settings))
+        train_captioner(settings)
+        print(settings.out)
     except FramecapError as error:
         print(f"train_captioner: {error}", file=sys.stderr)
         return 2

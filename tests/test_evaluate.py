@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -131,6 +132,20 @@ def test_the_captioner_gives_both_clip_scores_as_defined(
     clip = 2.5 * np.maximum((images * texts).sum(axis=1), 0)
     assert report["scores"]["ruclip_score"] == pytest.approx(clip.mean(), abs=1e-5)
     assert report["scores"]["ref_ruclip_score"] == pytest.approx((2 * clip / (clip + 1)).mean(), abs=1e-5)
+
+
+def test_captions_references_and_report_may_lie_on_any_file_system(tmp_path: Path) -> None:
+    here = caption_dataset(tmp_path / "out", RIGHT)
+    references = references_jsonl(tmp_path / "r.jsonl")
+    fs = fsspec.filesystem("memory")
+    fs.put(str(here), "/night/out", recursive=True)
+    fs.put(str(references), "/night/r.jsonl")
+    places = {"captions": "memory://night/out", "references": "memory://night/r.jsonl"}
+    evaluate(settings(**places, against="memory://night/out", output="memory://night/report.json"))
+    report = json.loads(fs.cat("/night/report.json"))
+    fs.rm("/night", recursive=True)
+    assert report["scores"] == evaluate(settings(captions=here, references=references))["scores"]
+    assert report["against"]["difference"]["bleu4"]["verdict"] == "no difference shown"
 
 
 def test_a_frame_captioned_twice_is_an_error_that_names_it(tmp_path: Path) -> None:

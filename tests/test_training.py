@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +23,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from framecap import Captioner, DecodeOptions
-from framecap.errors import SettingsError, TrainingError
+from framecap.errors import FramecapError, SettingsError, StorageError, TrainingError
+from framecap.storage import open_fs
 from framecap.training.disk import check_space, clear_disk_errors
 from framecap.training.examples import batch_at, shares
 from framecap.training.optimise import schedule
@@ -56,7 +59,7 @@ def write_pairs(path: Path, **columns: list[Any]) -> Path:
     return path
 
 
-def settings(folder: Path, pairs: Path, **values: Any) -> TrainSettings:
+def settings(folder: Path, pairs: Path | str, **values: Any) -> TrainSettings:
     defaults: dict[str, Any] = {
         "encoder": str(DATA / "ruclip-vit-b32-tiny"),
         "decoder": str(DATA / "rugpt3-tiny"),
@@ -216,6 +219,71 @@ def test_an_image_with_several_captions_is_trained_on_each(tmp_path: Path) -> No
     one = settings(tmp_path, tmp_path / "pairs.parquet", steps=0, epochs=2)
     train_locally(one)
     assert curve(one)[-1]["step"] == "8"  # 2 epochs of 32 captions in batches of 8
+
+
+@pytest.fixture
+def store(pairs: Path) -> Iterator[str]:
+    """Encoder, decoder and pairs on a file system that is no disk."""
+    fs = fsspec.filesystem("memory")
+    for name in ("ruclip-vit-b32-tiny", "rugpt3-tiny"):
+        for file in (DATA / name).iterdir():
+            if file.is_file():
+                fs.pipe(f"/store/{name}/{file.name}", file.read_bytes())
+    fs.pipe("/store/pairs.parquet", pairs.read_bytes())
+    yield "memory://store"
+    fs.rm("/store", recursive=True)
+
+
+def on_store(folder: Path, store: str, **values: Any) -> TrainSettings:
+    parts = {"encoder": f"{store}/ruclip-vit-b32-tiny", "decoder": f"{store}/rugpt3-tiny", "out": f"{store}/captioner"}
+    return settings(folder, f"{store}/pairs.parquet", work_dir=str(folder / "run"), **(parts | values))
+
+
+def test_checkpoints_pairs_and_captioner_may_lie_on_any_file_system(
+    tmp_path: Path, store: str, uninterrupted: TrainSettings
+) -> None:
+    one = on_store(tmp_path, store)
+    train_locally(one)
+    assert train_losses(one) == train_losses(uninterrupted)
+    captioner = Captioner.from_pretrained(f"{store}/captioner", device="cpu")
+    theirs = Captioner.from_pretrained(uninterrupted.out, device="cpu")
+    image = drawn_pairs()[0][0]
+    assert captioner.caption([image]) == theirs.caption([image])
+    with pytest.raises(SettingsError, match="not empty"):
+        train_locally(one)
+
+
+def test_a_captioner_that_could_not_be_uploaded_is_uploaded_elsewhere_without_training_again(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, *_: object, **__: object) -> None:
+        raise PermissionError("access denied")
+
+    one = on_store(tmp_path, store, steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.get_filesystem_class("memory"), "put_file", full)
+        with pytest.raises(StorageError, match=r"access denied; .* holds the captioner"):
+            train_locally(one)
+    before = (Path(one.run_dir) / "curve.csv").read_bytes()
+    train_locally(one.model_copy(update={"out": f"{store}/elsewhere"}))
+    assert (Path(one.run_dir) / "curve.csv").read_bytes() == before
+    assert open_fs(f"{store}/elsewhere/manifest.json")[0].exists("/store/elsewhere/manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"work_dir": ""}, r"captioner\.run is no folder on a disk; give --work-dir"),
+        ({"encoder": "memory://store/nothing"}, "--encoder memory://store/nothing holds no files"),
+        ({"decoder": "nosuch://store/nothing"}, "use a path, s3://, gs:// or abfs://"),
+    ],
+)
+def test_places_that_cannot_be_used_are_one_clear_error(
+    tmp_path: Path, store: str, change: dict[str, Any], message: str
+) -> None:
+    one = on_store(tmp_path, store).model_copy(update=change)
+    with pytest.raises(FramecapError, match=message):
+        train_locally(one)
 
 
 @pytest.mark.parametrize(

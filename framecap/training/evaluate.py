@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +14,10 @@ import numpy as np
 import sacrebleu
 
 from framecap.errors import EvaluationError
-from framecap.storage import OPTIONS_VARIABLE, write_bytes_atomic
+from framecap.storage import write_bytes_atomic
 from framecap.training import metrics
 from framecap.training.metrics import FrameStatistics
+from framecap.training.places import reach
 from framecap.training.scored_texts import ScoredTexts, read_captions, read_references
 from framecap.training.settings import EvaluateSettings
 from framecap.training.similarity import Cosines, measure_cosines
@@ -52,8 +52,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 
     Raises EvaluationError when captions and references share no frame or cannot be read.
     """
-    if settings.storage_options:
-        os.environ[OPTIONS_VARIABLE] = json.dumps(settings.storage_options)
+    places = (settings.captions, settings.references, settings.against, settings.captioner, settings.frames)
+    reach(settings.storage_options, (*places, settings.output))
     references = read_references(settings.references, settings.id_column, settings.reference_column)
     first = read_captions(settings.captions, references, settings.id_column, settings.caption_column)
     second = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import uuid
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from framecap.errors import FramecapError, SettingsError, TrainingError
 from framecap.model.ruclip import RuClip
+from framecap.storage import OPTIONS_VARIABLE
 from framecap.training.features import encode_unit, missing_units
 from framecap.training.loop import Team
 from framecap.training.plan import TrainPlan
@@ -48,6 +51,8 @@ class UnitEncoder:
     """Actor of the encoding pool: holds the encoder, writes the part of each unit it is given."""
 
     def __init__(self, plan: TrainPlan, device: str) -> None:
+        if plan.storage:
+            os.environ[OPTIONS_VARIABLE] = json.dumps(plan.storage)
         self.plan = plan
         self.encoder = RuClip.from_pretrained(plan.encode.encoder, device)
         self.by_index = {unit.index: unit for unit in plan.units}

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from framecap.errors import MissingFileError, SettingsError
+from framecap.errors import MissingFileError
 from framecap.model.bridge import BridgeConfig, build_bridge
 from framecap.model.captioner_config import check_fit
 from framecap.model.ruclip import RuClip, RuClipConfig
 from framecap.model.rugpt import RuGpt
 from framecap.model.weights import find_weights
-from framecap.storage import is_local, sha256_file
+from framecap.storage import sha256_file, storage_options
 from framecap.training.disk import check_space, clear_disk_errors
 from framecap.training.examples import split_examples, tokenise
 from framecap.training.features import (
@@ -30,6 +30,7 @@ from framecap.training.features import (
 from framecap.training.loop import TrainingData
 from framecap.training.loss import CaptionLoss
 from framecap.training.pairs import PairUnit, plan_units
+from framecap.training.places import check_out, fetch_checkpoint, reach, with_absolute_paths
 from framecap.training.settings import TrainSettings
 
 # Settings that may change between a run and its resumption.
@@ -41,7 +42,7 @@ _FREE = _PLACES | _MEANS | _REPORTS
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Units to encode, where their features go, the bridge to train, and what makes this run itself."""
+    """Units to encode, where their features go, the bridge to train, what makes this run itself, storage options."""
 
     settings: TrainSettings
     units: tuple[PairUnit, ...]
@@ -49,6 +50,7 @@ class TrainPlan:
     features: Path
     bridge: BridgeConfig
     identity: dict[str, Any]
+    storage: dict[str, Any]
 
     @property
     def run_dir(self) -> Path:
@@ -59,15 +61,12 @@ class TrainPlan:
 def make_plan(settings: TrainSettings, device: str) -> TrainPlan:
     """Check paths, sizes, columns and space; nothing is computed yet.
 
-    Raises SettingsError, MissingFileError, BridgeMismatchError, TrainingError.
+    Raises SettingsError, StorageError, MissingFileError, BridgeMismatchError, TrainingError.
     """
-    for name in ("encoder", "decoder", "out", "run_dir"):
-        if not is_local(getattr(settings, name)):
-            raise SettingsError(f"{name} {getattr(settings, name)!r} must be a folder on this machine or a shared disk")
-    out = Path(settings.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError(f"--out {out} exists and is not empty; give a folder that does not exist yet")
+    reach(settings.storage_options, (settings.encoder, settings.decoder, settings.pairs, settings.out))
     settings = with_absolute_paths(settings)
+    check_out(settings)
+    settings = with_local_checkpoints(settings)
     units, columns = plan_units(settings)
     bridge = bridge_config(settings)
     encode = EncodeOptions(settings.encoder, bridge.feature, columns, settings.encode_batch_size, device)
@@ -75,15 +74,16 @@ def make_plan(settings: TrainSettings, device: str) -> TrainPlan:
     with clear_disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     features = features_folder(run_dir, units, encode)
-    plan = TrainPlan(settings, tuple(units), encode, features, bridge, _identity(settings, features))
+    plan = TrainPlan(settings, tuple(units), encode, features, bridge, _identity(settings, features), storage_options())
     check_space(run_dir, _bytes_needed(plan), "features and checkpoints")
     return plan
 
 
-def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
-    """The same settings with local paths that mean the same in a worker's folder."""
-    places = {name: value for name in _PLACES if (value := getattr(settings, name)) and is_local(value)}
-    return settings.model_copy(update={name: str(Path(value).absolute()) for name, value in places.items()})
+def with_local_checkpoints(settings: TrainSettings) -> TrainSettings:
+    """The same settings with encoder and decoder as folders that all nodes see."""
+    copies = Path(settings.run_dir) / "checkpoints-from"
+    parts = {name: fetch_checkpoint(getattr(settings, name), copies, f"--{name}") for name in ("encoder", "decoder")}
+    return settings.model_copy(update=parts)
 
 
 def bridge_config(settings: TrainSettings) -> BridgeConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +15,13 @@ from framecap.model.captioner_config import CaptionerConfig
 from framecap.model.convert import assemble
 from framecap.model.rugpt import RuGpt
 from framecap.model.weights import write_state_dict
-from framecap.storage import OPTIONS_VARIABLE
+from framecap.storage import is_local
 from framecap.training.checkpoint import Progress
 from framecap.training.curve import draw
 from framecap.training.disk import clear_disk_errors, replace_file
 from framecap.training.loop import Team, Trainer
 from framecap.training.loss import CaptionLoss
+from framecap.training.places import upload
 from framecap.training.plan import TrainPlan, build_model, encode_here, load_data, make_plan
 from framecap.training.settings import TrainSettings
 
@@ -31,9 +31,9 @@ RESULT = "trained"  # what the leader leaves for assembling: decoder, bridge.saf
 
 
 def train_locally(settings: TrainSettings) -> Path:
-    """Train in this process, one worker, no Ray; return the captioner directory.
+    """Train in this process, one worker, no Ray; return the captioner directory (see ``publish``).
 
-    Raises SettingsError, TrainingError and the errors of loading checkpoints.
+    Raises SettingsError, StorageError, TrainingError and the errors of loading checkpoints.
     """
     device = choose_device(settings.device)
     plan = make_plan(settings, str(device))
@@ -46,12 +46,10 @@ def train_locally(settings: TrainSettings) -> Path:
 def train_captioner(settings: TrainSettings) -> Path:
     """Train on the Ray cluster we are in (or a local one) with ``settings.workers``; return the directory.
 
-    Raises SettingsError, TrainingError and the errors of loading checkpoints.
+    Raises SettingsError, StorageError, TrainingError and the errors of loading checkpoints.
     """
     from framecap.training.on_ray import connect, encode_on_ray, train_on_ray
 
-    if settings.storage_options:
-        os.environ[OPTIONS_VARIABLE] = json.dumps(settings.storage_options)
     plan = make_plan(settings, device="auto")
     device = connect(settings)
     encode_on_ray(plan, device)
@@ -109,22 +107,29 @@ def leave_result(plan: TrainPlan, model: CaptionLoss, progress: Progress, steps:
         "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1),
         "bridge": asdict(plan.bridge),
-        "settings": plan.settings.model_dump(mode="json"),
+        "settings": plan.settings.model_dump(mode="json", exclude={"storage_options"}),
     }
     with replace_file(folder / "summary.json") as stream:
         stream.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def publish(plan: TrainPlan) -> Path:
-    """Draw the curve and assemble the captioner directory from the encoder and the result.
+    """Draw the curve and assemble the captioner directory from the encoder and the result; return its path.
 
-    Raises TrainingError when training left no result.
+    For an ``out`` that is no folder here the captioner is assembled in the work folder and uploaded.
+    Raises TrainingError when training left no result, StorageError when ``out`` cannot be written.
     """
     result = plan.run_dir / RESULT
     if not (result / "summary.json").is_file():
         raise TrainingError(f"{result} holds no finished result; start the same command again to resume")
     draw(plan.run_dir)
     decoder = result / "decoder" if plan.settings.train == "bridge+decoder" else Path(plan.settings.decoder)
-    with clear_disk_errors(Path(plan.settings.out)):
-        config = CaptionerConfig(plan.bridge)
-        return assemble(plan.settings.encoder, decoder, result / BRIDGE_WEIGHTS, plan.settings.out, config)
+    local = is_local(plan.settings.out)
+    folder = Path(plan.settings.out) if local else plan.run_dir / "captioner"
+    with clear_disk_errors(folder):
+        if not local:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run whose upload failed
+        assemble(plan.settings.encoder, decoder, result / BRIDGE_WEIGHTS, folder, CaptionerConfig(plan.bridge))
+    if not local:
+        upload(folder, plan.settings.out)
+    return folder

@@ -13,12 +13,12 @@ from framecap.settings import JobSettings
 class TrainSettings(JobSettings):
     """What ``jobs/train_captioner.py`` needs; ``out`` receives the captioner and, below it, nothing else."""
 
-    encoder: str = Field(description="ruCLIP checkpoint (folder)")
-    decoder: str = Field(description="ruGPT3 checkpoint in the transformers layout (folder)")
+    encoder: str = Field(description="ruCLIP checkpoint: folder or URI of one")
+    decoder: str = Field(description="ruGPT3 checkpoint in the transformers layout: folder or URI")
     pairs: str = Field(description="Parquet file, folder or glob with image, caption and optional split")
-    out: str = Field(description="captioner directory to write")
+    out: str = Field(description="captioner directory to write, a folder or URI that does not exist yet")
     work_dir: str = Field(
-        "", description="folder for features, checkpoints and curves, seen by all nodes; default OUT.run"
+        "", description="folder on a disk that all nodes see, for features, checkpoints and curves; default OUT.run"
     )
 
     image_column: str = Field("image", description="column of encoded images, bytes or {bytes, path}")
