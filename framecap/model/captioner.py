@@ -26,7 +26,7 @@ from framecap.model.generate import Candidate, DecodeOptions, Generator
 from framecap.model.images import Frame, crop_and_resize, normalise
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.rugpt import RuGpt
-from framecap.model.transfer import to_device
+from framecap.model.transfer import ahead
 from framecap.model.weights import load_strictly, read_state_dict
 from framecap.storage import MANIFEST, local_copy
 
@@ -34,7 +34,8 @@ BRIDGE_WEIGHTS = "bridge.safetensors"
 BRIDGE_PREFIX = "bridge."
 CROSS_ATTENTION_PREFIX = "decoder."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ENCODE_BATCH = {"cpu": 32, "cuda": 256}  # frames per pass through a tower
+# Frames per pass through a tower. On a CPU the activations of 8 stay in its caches (32 are a seventh slower).
+ENCODE_BATCH = {"cpu": 8, "cuda": 256}
 CAPTION_BATCH = 512  # frames whose features are held at once
 # Scores are rounded: their last bits depend on how many rows shared a matrix product.
 DECIMALS = 5
@@ -181,8 +182,10 @@ class Captioner:
         """
         config, reads_patches = self.encoder.config, self.config.bridge.feature == "patches"
         pooled, patches = [], []
-        for batch in _chunks(list(pixels), ENCODE_BATCH[self.device.type]):
-            moved = to_device(torch.from_numpy(np.stack(batch)), self.device)
+        size = ENCODE_BATCH[self.device.type]
+        # Copied batch by batch: the job's pixels are read-only.
+        batches = (torch.from_numpy(pixels[at : at + size].copy()) for at in range(0, len(pixels), size))
+        for moved in ahead(batches, self.device):
             made = self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype))
             pooled.append(made.pooled)
             patches.append(made.patches if reads_patches else made.patches[:0].clone())

@@ -5,7 +5,8 @@ On a CPU there is nothing to transfer and everything here is a plain copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,33 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def index(places: list[int], device: torch.device) -> Tensor:
     """``places`` as int64 [n] on ``device``."""
     return to_device(torch.tensor(places, dtype=torch.long), device)
+
+
+def ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """``batches`` on ``device``, each copied while the one before it is in use."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying, using = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def send(batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(copying):
+            moved = to_device(batch, device)
+            return moved, copying.record_event()
+
+    sent: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    for batch in batches:
+        sent.append(send(batch))
+        if len(sent) > 1:
+            yield _arrived(*sent.popleft(), using)
+    if sent:
+        yield _arrived(*sent.popleft(), using)
+
+
+def _arrived(moved: Tensor, event: torch.cuda.Event, using: torch.cuda.Stream) -> Tensor:
+    using.wait_event(event)
+    moved.record_stream(using)  # its memory belongs to the stream that copied
+    return moved
 
 
 class HostCopy:
