@@ -1,9 +1,10 @@
-"""The `framecap` command: describe, assemble, pack, verify, report. Each subcommand is one call."""
+"""The `framecap` command: describe, check, assemble, pack, verify, report. Each subcommand is one call."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import NoReturn
 
 from framecap import __version__
 from framecap.errors import FramecapError, SettingsError
+from framecap.storage import MANIFEST, join, manifest_files, read_bytes
 
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 _REMOTE = "Paths may be URIs (s3://, gs://, abfs://); FRAMECAP_STORAGE_OPTIONS holds their backend's options as JSON."
@@ -51,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     describe = commands.add_parser("describe", help="caption image files on this machine")
     _describe_arguments(describe)
     describe.set_defaults(run=_describe)
+    check = commands.add_parser("check", help="is a captioner whole, and what is it made of")
+    _check_arguments(check)
+    check.set_defaults(run=_check)
     assemble = commands.add_parser("assemble", help="encoder + decoder + bridge → a captioner directory")
     _assemble_arguments(assemble)
     assemble.set_defaults(run=_assemble)
@@ -94,6 +99,36 @@ def _describe(args: argparse.Namespace) -> int:
         if caption.error is not None:
             print(f"framecap: {image}: {caption.error}", file=sys.stderr)
     return EXIT_SOME_FAILED if any(caption.status == "error" for caption in captions) else EXIT_OK
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check every file of a captioner against its checksums, load it, and say what it is."
+    parser.epilog = "Exit code: 0 it is whole, 2 it is not: the line names the file or the key."
+    parser.add_argument("captioner", nargs="?", help="directory or URI (default: $FRAMECAP_CAPTIONER, else bundled)")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from framecap.model.captioner import Captioner, bundled_captioner
+
+    uri = str(args.captioner or os.environ.get("FRAMECAP_CAPTIONER") or bundled_captioner())
+    captioner = Captioner.from_pretrained(uri, "cpu", "float32")
+    manifest = read_bytes(join(uri, MANIFEST))
+    files = manifest_files(manifest, uri)
+    encoder, bridge, decoder = captioner.encoder.config, captioner.config.bridge, captioner.decoder.config
+    parts = (captioner.encoder, captioner.bridge, captioner.decoder)
+    counts = [f"{sum(weight.numel() for weight in part.parameters()) / 1e6:.1f} M parameters" for part in parts]
+    layers = ", its layers stand in the decoder" if bridge.kind == "cross_attention" else f", {counts[1]}"
+    text = "with" if captioner.encoder.has_text else "without"
+    size = sum(entry["size"] for entry in files.values()) / 1e6
+    print(
+        f"{uri}: whole, {len(files)} files, {size:,.1f} MB, manifest sha256 {hashlib.sha256(manifest).hexdigest()}\n"
+        f"encoder  {counts[0]}, {encoder.image_resolution} pixels in patches of "
+        f"{encoder.vision_patch_size}, {encoder.vision_layers} layers of {encoder.vision_width}, {text} text tower\n"
+        f"bridge   {bridge.kind}{layers}\n"
+        f"decoder  {counts[2]}, {decoder.n_layer} layers of {decoder.n_embd}, "
+        f"{decoder.n_positions} positions"
+    )
+    return EXIT_OK
 
 
 def _assemble_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,6 +72,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session: two cores pretend to be four so that small jobs need not queue."""
     # Ray gives its workers niceness 15; on a busy machine they would hardly start at all.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
+    os.environ["RAY_metrics_report_interval_ms"] = "2000"  # noqa: SIM112
     import ray
 
     ray.init(num_cpus=4, object_store_memory=300_000_000, include_dashboard=False, log_to_driver=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,36 @@ def test_an_unknown_flag_is_one_line_and_exit_code_two(capsys: pytest.CaptureFix
         main(["describe", "x.jpg", "--num-beam5"])
     assert caught.value.code == 2
     assert "--num-beam5" in capsys.readouterr().err
+
+
+def test_check_says_what_a_captioner_is(tiny_captioner_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tiny_captioner_dir)]) == 0
+    out = capsys.readouterr().out
+    assert f"{tiny_captioner_dir}: whole" in out
+    assert "mlp" in out
+    assert "2 layers of" in out
+
+
+def test_check_names_the_damaged_file(
+    tiny_captioner_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(tiny_captioner_dir, tmp_path / "copy")
+    with (copy / "bridge.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    assert main(["check", str(copy)]) == 2
+    assert "bridge.safetensors has sha256" in capsys.readouterr().err
+
+
+def test_interrupting_is_one_line(
+    photo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("framecap.model.captioner.Captioner.from_pretrained", interrupted)
+    assert main(["describe", photo]) == 130
+    assert capsys.readouterr().err == "framecap: interrupted\n"
 
 
 def test_assemble_makes_a_captioner_that_describes(

@@ -97,7 +97,10 @@ def test_pack_reads_from_s3_and_writes_to_it(bucket: str, tmp_path: Path, places
 
 @pytest.mark.parametrize(
     "mistake",
-    [("{}", "credentials"), ('{"endpoint_url": "http://127.0.0.1:9"}', "endpoint http://127.0.0.1:9 cannot be reached")],
+    [
+        ("{}", "credentials"),
+        ('{"endpoint_url": "http://127.0.0.1:9"}', "endpoint http://127.0.0.1:9 cannot be reached"),
+    ],
 )
 def test_a_bucket_that_cannot_be_reached_is_one_line_of_every_command(
     mistake: tuple[str, str],

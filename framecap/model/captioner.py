@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -68,7 +69,10 @@ class Caption:
 
 
 class Captioner:
-    """A ruCLIP encoder, a bridge and a ruGPT3 decoder on one device."""
+    """A ruCLIP encoder, a bridge and a ruGPT3 decoder on one device.
+
+    ``encode_seconds`` is the time spent in the encoder's image tower so far, for whoever watches a run.
+    """
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class Captioner:
         self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
         self._source = source
         self._generator = Generator(decoder)
+        self.encode_seconds = 0.0
 
     @classmethod
     def from_pretrained(
@@ -180,6 +185,7 @@ class Captioner:
 
         Patch features are many: without a bridge that reads them none are kept ([0, P + 1, W]).
         """
+        begun = time.perf_counter()
         config, reads_patches = self.encoder.config, self.config.bridge.feature == "patches"
         pooled, patches = [], []
         size = ENCODE_BATCH[self.device.type]
@@ -189,7 +195,11 @@ class Captioner:
             made = self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype))
             pooled.append(made.pooled)
             patches.append(made.patches if reads_patches else made.patches[:0].clone())
-        return ImageFeatures(torch.cat(pooled), torch.cat(patches))
+        features = ImageFeatures(torch.cat(pooled), torch.cat(patches))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # once a call: the encoder's time is not the decoder's
+        self.encode_seconds += time.perf_counter() - begun
+        return features
 
     def embed_images(self, frames: Sequence[Frame]) -> np.ndarray:
         """ruCLIP embeddings of frames, float32 [N, D], L2-normalised. Raises FrameError for a bad frame."""

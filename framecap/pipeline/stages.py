@@ -56,11 +56,11 @@ class CaptionActor:
         return pa.table([pa.array(records, pa.binary())], schema=RECORD_SCHEMA)
 
     def _caption_chunk(self, frames: ChunkFrames, pixels: Pixels) -> ChunkRecord:
-        begun = time.perf_counter()
+        begun, encoded_before = time.perf_counter(), self._captioner.encode_seconds
         waited = begun - self._idle_since
         captions, reused = self._captions(frames, pixels)
         embeddings = self._embeddings(frames, pixels)
-        captioned = time.perf_counter()
+        captioned, encode = time.perf_counter(), self._captioner.encode_seconds - encoded_before
         pieces = tuple(piece for piece in frames.pieces if piece.shard not in frames.failed)
         name = ""
         if pieces:
@@ -79,7 +79,8 @@ class CaptionActor:
                 "read": frames.read_s,
                 "decode": frames.decode_s,
                 "wait": waited,
-                "caption": captioned - begun,
+                "encode": encode,
+                "generate": captioned - begun - encode,
                 "write": self._idle_since - captioned,
             },
         )

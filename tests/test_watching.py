@@ -1,0 +1,86 @@
+"""Watching a run: what an actor tells Ray's metrics endpoint, and the log lines of a run without a terminal."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from shards import jpeg
+
+from framecap.model.captioner import Captioner
+from framecap.model.decode_options import DecodeOptions
+from framecap.pipeline import progress
+from framecap.pipeline.listing import mark_of
+from framecap.pipeline.plan import Piece
+from framecap.pipeline.read import ReadOptions, read_units
+from framecap.pipeline.records import ActorOptions, ChunkRecord
+from framecap.pipeline.stages import CaptionActor
+from framecap.schema import InputColumns
+
+STAGES = {"read", "decode", "wait", "encode", "generate", "write"}
+
+
+def blocks(folder: Path, captioner: Path, images: list[bytes]) -> list[pa.Table]:
+    """What readers would hand to an actor: one shard of ``images`` as one chunk."""
+    folder.mkdir()
+    table = pa.table({"frame_id": [str(i) for i in range(len(images))], "image": images})
+    pq.write_table(table, folder / "a.parquet")
+    chunk = (Piece("a.parquet", mark_of(str(folder / "a.parquet")), 0, len(images)),)
+    options = ReadOptions(str(folder), InputColumns(), Captioner.from_pretrained(captioner).resolution, seed=0)
+    return list(read_units(pa.table({"unit": [pickle.dumps((chunk,))]}), options))
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Series → value of every framecap metric at a node's endpoint; labels other than ours left out."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        lines = re.findall(r"^ray_(framecap_\w+)(\{[^}]*\})? (\S+)$", answer.read().decode(), flags=re.MULTILINE)
+    return {
+        name + "".join(f"[{label}]" for label in re.findall(r'\b(?:status|stage|le)="([^"]*)"', labels)): float(value)
+        for name, labels, value in lines
+    }
+
+
+def test_an_actor_reports_every_stage_on_the_metrics_endpoint(
+    ray_cluster: None, tiny_captioner_dir: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    images = [jpeg(1), jpeg(2), jpeg(2), b"no picture"]
+    options = ActorOptions(str(tiny_captioner_dir), str(tmp_path), "f", DecodeOptions(max_new_tokens=4), batch_size=8)
+    actor = ray.remote(CaptionActor).options(num_cpus=0.5).remote(options)
+    [record] = [
+        pickle.loads(ray.get(actor.__call__.remote(block)).column("record")[0].as_py())
+        for block in blocks(tmp_path / "in", tiny_captioner_dir, images)
+    ]
+    assert set(record.seconds) == STAGES
+    assert all(record.seconds[stage] > 0 for stage in ("decode", "encode", "generate", "write"))
+    port = ray.nodes()[0]["MetricsExportPort"]
+    deadline = time.monotonic() + 40
+    while not (seen := scrape(port)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    ray.kill(actor)
+    assert seen["framecap_frames_total[truncated]"] == 3
+    assert seen["framecap_frames_total[error]"] == 1
+    assert seen["framecap_frames_reused_total"] == 1
+    assert seen["framecap_tokens_total"] == 8
+    assert {f"framecap_stage_seconds_total[{stage}]" for stage in ("decode", "encode", "generate")} <= set(seen)
+    assert seen["framecap_batch_fill_bucket[0.5]"] == 1
+
+
+def test_without_a_terminal_a_line_tells_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_EVERY_S", 0.0)
+    record = ChunkRecord("", (), {}, statuses={"ok": 25}, error_kinds={}, reused=0, tokens=0, seconds={})
+    with caplog.at_level(logging.INFO, progress.__name__), progress.Progress(100) as shown:
+        time.sleep(0.01)
+        shown.add(record)
+    assert re.search(r"25 of 100 frames, [\d.]+ frames/s, \d+ s left", caplog.text)
+    assert capsys.readouterr().err == ""
