@@ -39,7 +39,7 @@ def test_a_sample_sees_what_kind_of_process_holds_how_much() -> None:
     command = [sys.executable, "-c", "import time; held = b'x' * (50 << 20); time.sleep(60)", "ray::MapWorker"]
     child = subprocess.Popen(command)
     try:
-        while psutil.Process(child.pid).memory_info().rss < 20 << 20:
+        while psutil.Process(child.pid).memory_info().rss < 50 << 20:
             assert child.poll() is None
         found = sample(psutil.Process(os.getpid()), 1.0, 0)
     finally:

@@ -159,25 +159,26 @@ def shards_subject(arguments: argparse.Namespace, work: Path) -> dict[str, float
         "seconds": seconds[many],
         "again_process_seconds": again,
         "again_process_cpu_seconds": cpu,
-        "again_run_seconds": last["seconds"],
     }
     print("| whole job, shards of one frame | |\n|---|---|")
     print(f"| {many:,} shards, with start-up | {found['seconds']:.1f} s |")
     print(f"| a shard, without start-up | {found['ms_per_shard']:.1f} ms |")
-    print(f"| once more, nothing changed: the process, imports included | {again:.1f} s ({cpu:.1f} s CPU) |")
-    print(f"| … of which planning and summary, no Ray, no actor | {last['seconds']:.2f} s |")
+    print(f"| once more, nothing changed: no Ray, no actor, imports included | {again:.1f} s ({cpu:.1f} s CPU) |")
     return found
 
 
 @dataclass
 class Sample:
-    """Largest RSS in MiB of each kind of process, ``total`` of all, when ``frames`` were published."""
+    """Memory in MiB when ``frames`` were published. ``largest``: by kind of process, the largest RSS less shared
+    pages (those of libraries and of Ray's object store, whose size has a limit of its own); ``largest_rss`` with
+    them; ``total``: RSS of all ``processes``."""
 
     seconds: float
     frames: int
     total: float = 0.0
     processes: int = 0
     largest: dict[str, float] = field(default_factory=dict)
+    largest_rss: dict[str, float] = field(default_factory=dict)
 
 
 def memory_subject(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -198,8 +199,8 @@ def memory_subject(arguments: argparse.Namespace, work: Path) -> list[dict[str, 
     run_job(work / "in", work / "out", captioner, "--max-new-tokens=3", "--no-similarity", "--batch-size=256")
     ended.set()
     watcher.join()
-    print("largest RSS of each kind of process, MiB\n")
-    print(f"| frames published | s | {' | '.join(KINDS)} | all processes |\n|{'---|' * (len(KINDS) + 3)}")
+    print("largest process of each kind without shared pages, and RSS of all with them, MiB\n")
+    print(f"| frames published | s | {' | '.join(KINDS)} | all (processes) |\n|{'---|' * (len(KINDS) + 3)}")
     for row in _tenths(samples, arguments.frames):
         cells = " | ".join(f"{row.largest.get(kind, 0):.0f}" for kind in KINDS)
         print(f"| {row.frames:,} | {row.seconds:.0f} | {cells} | {row.total:.0f} ({row.processes}) |")
@@ -211,12 +212,13 @@ def sample(root: psutil.Process, seconds: float, frames: int) -> Sample:
     found = Sample(seconds, frames)
     for process in root.children(recursive=True):
         try:
-            command, size = " ".join(process.cmdline()), process.memory_info().rss / MIB
+            command, memory = " ".join(process.cmdline()), process.memory_info()
         except psutil.Error:  # gone meanwhile
             continue
         kind = next((kind for kind, words in KINDS.items() if words in command), "other")
-        found.largest[kind] = max(found.largest.get(kind, 0.0), size)
-        found.total += size
+        found.largest[kind] = max(found.largest.get(kind, 0.0), (memory.rss - memory.shared) / MIB)
+        found.largest_rss[kind] = max(found.largest_rss.get(kind, 0.0), memory.rss / MIB)
+        found.total += memory.rss / MIB
         found.processes += 1
     return found
 

@@ -29,7 +29,7 @@ from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.schema import EMBEDDING_COLUMN, REUSED_IDENTICAL, REUSED_SIMILAR, caption_schema
 
 log = logging.getLogger(__name__)
-_REMEMBERED = 50_000  # captions an actor keeps for frames with the same bytes
+_REMEMBERED = 20_000  # captions an actor keeps for frames with the same bytes
 RECORD_SCHEMA = pa.schema([("record", pa.binary())])
 
 
