@@ -61,6 +61,24 @@ def test_cider_d_averages_over_references_worked_out_by_hand() -> None:
     assert scores[0] == pytest.approx(2.5)
 
 
+def test_cider_d_and_rouge_l_are_those_of_the_coco_caption_code() -> None:
+    # Values of pycocoevalcap 1.2 (Cider, Rouge), given the same words.
+    captions = [
+        "Ночью по мосту едет красный автобус", "Собака бежит по зелёной траве за мячом",
+        "Двое детей играют играют на пляже", "Мужчина стоит у старого дома",
+    ]  # fmt: skip
+    references = [
+        ["Ночью по мосту едет красный автобус, слева растёт дерево.", "Красный автобус на мосту ночью."],
+        ["Чёрная собака бежит по траве."],
+        ["Двое детей играют в мяч на пляже.", "Дети играют на пляже с мячом.", "Пляж, дети, мяч."],
+        ["Женщина в синем пальто ждёт автобус у моста."],
+    ]
+    cider = [4.625661311886105, 3.0673677134442894, 2.0326185298332446, 0.3870004927127168]
+    rouge = [77.21518987341773, 68.7323943661972, 75.87064676616916, 14.769975786924942]
+    assert metrics.cider_d(captions, references) == pytest.approx(cider, abs=1e-12)
+    assert metrics.rouge_l(captions, references) == pytest.approx(rouge, abs=1e-12)
+
+
 def test_rouge_l_worked_out_by_hand() -> None:
     # LCS of «красный дом у реки» and «дом стоит у реки» is «дом у реки»: P = R = 3/4, so F = 75.
     assert metrics.rouge_l(["красный дом у реки"], [["Дом стоит у реки."]]) == pytest.approx([75.0])

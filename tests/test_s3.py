@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards import caption, shard_table
+from shards import caption, jpeg, shard_table
 
+from framecap import Captioner
 from framecap.errors import LockedError
 from framecap.pipeline.lock import OutputLock
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
+from framecap.training.run import train_captioner
+from framecap.training.settings import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -52,3 +56,29 @@ def test_the_lock_holds_on_s3_as_well(bucket: str) -> None:
     ):
         pass
     assert not open_fs(uri)[0].exists(open_fs(uri)[1])
+
+
+def test_a_captioner_is_trained_from_s3_to_s3(bucket: str, data: Path, tmp_path: Path) -> None:
+    fs, _ = open_fs(bucket)
+    for name in ("ruclip-vit-b32-tiny", "rugpt3-tiny"):
+        for file in (data / name).iterdir():
+            if file.is_file():
+                fs.put_file(str(file), f"frames/parts/{name}/{file.name}")
+    sink = io.BytesIO()
+    table = shard_table("p", 12).append_column("caption", pa.array([f"Кадр номер {row}." for row in range(12)]))
+    pq.write_table(table, sink, row_group_size=6)
+    write_bytes_atomic(f"{bucket}/pairs/a.parquet", sink.getvalue())
+    train_captioner(
+        TrainSettings(
+            encoder=f"{bucket}/parts/ruclip-vit-b32-tiny",
+            decoder=f"{bucket}/parts/rugpt3-tiny",
+            pairs=f"{bucket}/pairs",
+            out=f"{bucket}/trained",
+            work_dir=str(tmp_path / "run"),
+            steps=2,
+            batch_size=4,
+        )
+    )
+    assert (tmp_path / "run" / "curve.csv").is_file()
+    said = Captioner.from_pretrained(f"{bucket}/trained", device="cpu").caption([jpeg(0)])
+    assert said[0].status in ("ok", "truncated")

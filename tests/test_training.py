@@ -199,6 +199,16 @@ def test_the_curve_is_drawn(uninterrupted: TrainSettings) -> None:
     assert Image.open(Path(uninterrupted.run_dir) / "curve.png").size[0] > 400
 
 
+def test_without_matplotlib_the_captioner_is_finished_and_the_picture_missed(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    one = settings(tmp_path, pairs, steps=1)
+    Captioner.from_pretrained(train_locally(one), device="cpu")
+    assert "pip install 'framecap[report]'" in caplog.text
+    assert [path.name for path in Path(one.run_dir).glob("curve.*")] == ["curve.csv"]
+
+
 def test_bad_pairs_are_left_out_and_listed_up_to_the_limit(tmp_path: Path) -> None:
     images, captions = (list(column) for column in zip(*drawn_pairs(), strict=True))
     images[3], captions[5], captions[7] = b"no picture", None, "  "  # type: ignore[call-overload]
@@ -291,14 +301,18 @@ def test_places_that_cannot_be_used_are_one_clear_error(
     [
         ({"train_split": "learn"}, "split 'learn' is empty; column 'split' holds 'train'"),
         ({"caption_column": "text"}, "no column 'text'"),
-        ({"prefix_length": 300}, "lower --prefix-length"),
+        ({"prefix_length": 300}, "--prefix-length 300 and --max-tokens 0 leave -44 of the decoder's 256"),
+        ({"max_tokens": 1}, "--max-tokens 1 leave 1 of"),
         ({"split_column": "", "validation_fraction": 0.01}, "both need one"),
     ],
 )
 def test_impossible_data_is_one_clear_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write_pairs(tmp_path / "pairs.parquet", split=["train"] * 16)
+    one = settings(tmp_path, path, **change)
     with pytest.raises(TrainingError, match=message):
-        train_locally(settings(tmp_path, path, **change))
+        train_locally(one)
+    # What files' columns and sizes tell is told before images are encoded.
+    assert bool(list(tmp_path.glob("captioner.run/features-*"))) == ("validation_fraction" in change)
 
 
 def test_pairs_that_are_not_there_are_one_clear_error(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from framecap.errors import TrainingError
 from framecap.model.rugpt import RuGpt
 from framecap.training.features import EncodedPairs
+from framecap.training.pairs import check_split
 from framecap.training.settings import TrainSettings
 
 IGNORED = -100  # target of padding, torch's default ignore_index
@@ -42,13 +43,11 @@ class Examples:
 def tokenise(captions: list[list[str]], decoder: RuGpt, room: int) -> tuple[list[list[np.ndarray]], int]:
     """Caption → ids and eos, at most ``room`` of them; also how many had to be cut.
 
-    Raises TrainingError when the decoder has no eos token or no room.
+    Raises TrainingError when the decoder has no eos token.
     """
     eos = decoder.config.eos_token_id
     if eos is None:
         raise TrainingError("the decoder's tokenizer has no eos token, so captions could never end")
-    if room < 2:
-        raise TrainingError(f"the decoder's positions leave {room} for a caption; lower --prefix-length")
     cut = 0
     found = []
     for texts in captions:
@@ -72,11 +71,7 @@ def split_examples(
         validation_names = {settings.validation_split, *VALIDATION_NAMES}
         training = [i for i, split in enumerate(pairs.splits) if split == settings.train_split]
         validation = [i for i, split in enumerate(pairs.splits) if split in validation_names]
-        there = ", ".join(f"{name!r} ({n})" for name, n in Counter(pairs.splits).most_common())
-        if not training:
-            raise TrainingError(
-                f"split {settings.train_split!r} is empty; column {settings.split_column!r} holds {there}"
-            )
+        check_split(Counter(pairs.splits), settings)
     else:
         order = np.random.default_rng([settings.seed, 1]).permutation(len(tokens))
         held_out = round(settings.validation_fraction * len(tokens))

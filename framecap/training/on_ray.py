@@ -28,7 +28,10 @@ def connect(settings: TrainSettings) -> str:
     Raises SettingsError when the cluster lacks the CPUs or GPUs asked for, which would wait for ever.
     """
     import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():
         ray.init(address=settings.ray_address or None, logging_level=logging.WARNING)
     has = ray.cluster_resources()

@@ -5,6 +5,7 @@ Knows nothing of encoders or tokens. A pair that cannot be used says why and is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,7 +85,22 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
             units.append(PairUnit(len(units), settings.pairs, path, group, rows, signature))
     if not sum(unit.rows for unit in units):
         raise TrainingError(f"{settings.pairs} holds no pairs; give Parquet with at least one row")
+    if split:
+        check_split(Counter(_splits(fs, paths, split)), settings)
     return units, PairColumns(settings.image_column, settings.caption_column, split)
+
+
+def check_split(found: Counter[str | None], settings: TrainSettings) -> None:
+    """Raise TrainingError when splits are named and none of them is the training split."""
+    if any(name is not None for name in found) and not found[settings.train_split]:
+        there = ", ".join(f"{name!r} ({count})" for name, count in found.most_common())
+        raise TrainingError(f"split {settings.train_split!r} is empty; column {settings.split_column!r} holds {there}")
+
+
+def _splits(fs: Any, paths: list[str], column: str) -> Iterator[str | None]:
+    for path in paths:
+        with fs.open(path, "rb") as stream:
+            yield from pq.read_table(stream, columns=[column])[column].to_pylist()
 
 
 def read_unit(unit: PairUnit, columns: PairColumns) -> Iterator[Pair]:

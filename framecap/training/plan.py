@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from framecap.errors import MissingFileError
+from framecap.errors import MissingFileError, TrainingError
 from framecap.model.bridge import BridgeConfig, build_bridge
 from framecap.model.captioner_config import check_fit
 from framecap.model.ruclip import RuClip, RuClipConfig
 from framecap.model.rugpt import RuGpt
+from framecap.model.rugpt_config import RuGptConfig
 from framecap.model.weights import find_weights
 from framecap.storage import sha256_file, storage_options
 from framecap.training.disk import check_space, clear_disk_errors
@@ -103,7 +104,18 @@ def bridge_config(settings: TrainSettings) -> BridgeConfig:
         normalize_features=settings.normalize_features,
     )
     check_fit(bridge, encoder, decoder)
+    if (room := caption_room(bridge, decoder, settings)) < 2:
+        raise TrainingError(
+            f"--prefix-length {bridge.prefix_length} and --max-tokens {settings.max_tokens} leave {room} of the "
+            f"decoder's {decoder.n_positions} positions for a caption, which needs 2; lower the one or raise the other"
+        )
     return bridge
+
+
+def caption_room(bridge: BridgeConfig, decoder: RuGptConfig, settings: TrainSettings) -> int:
+    """Tokens of a caption, eos included, that are trained on."""
+    room = decoder.n_positions - (1 if bridge.kind == "cross_attention" else bridge.prefix_length)
+    return min(room, settings.max_tokens or room)
 
 
 def _config(folder: str, flag: str) -> Path:
@@ -167,7 +179,5 @@ def load_data(plan: TrainPlan, decoder: RuGpt) -> tuple[TrainingData, int]:
     settings = plan.settings
     pairs = EncodedPairs.open(plan.features, plan.units, plan.bridge.feature)
     pairs.check_bad(settings.max_bad_pairs)
-    prefix = 1 if plan.bridge.kind == "cross_attention" else plan.bridge.prefix_length
-    room = decoder.config.n_positions - prefix
-    tokens, cut = tokenise(pairs.captions, decoder, min(room, settings.max_tokens or room))
+    tokens, cut = tokenise(pairs.captions, decoder, caption_room(plan.bridge, decoder.config, settings))
     return TrainingData(pairs, *split_examples(pairs, tokens, settings)), cut

@@ -114,7 +114,7 @@ def leave_result(plan: TrainPlan, model: CaptionLoss, progress: Progress, steps:
 
 
 def publish(plan: TrainPlan) -> Path:
-    """Draw the curve and assemble the captioner directory from the encoder and the result; return its path.
+    """Assemble the captioner directory from the encoder and the result, and draw the curve; return its path.
 
     For an ``out`` that is no folder here the captioner is assembled in the work folder and uploaded.
     Raises TrainingError when training left no result, StorageError when ``out`` cannot be written.
@@ -122,7 +122,6 @@ def publish(plan: TrainPlan) -> Path:
     result = plan.run_dir / RESULT
     if not (result / "summary.json").is_file():
         raise TrainingError(f"{result} holds no finished result; start the same command again to resume")
-    draw(plan.run_dir)
     decoder = result / "decoder" if plan.settings.train == "bridge+decoder" else Path(plan.settings.decoder)
     local = is_local(plan.settings.out)
     folder = Path(plan.settings.out) if local else plan.run_dir / "captioner"
@@ -132,4 +131,5 @@ def publish(plan: TrainPlan) -> Path:
         assemble(plan.settings.encoder, decoder, result / BRIDGE_WEIGHTS, folder, CaptionerConfig(plan.bridge))
     if not local:
         upload(folder, plan.settings.out)
+    draw(plan.run_dir)  # last: a finished captioner does not depend on a picture
     return folder
