@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from caption_data import write_dataset
 
-from framecap.demo import bundled_captioner
+from framecap.cli import main
+from framecap.demo import bundled_captioner, sample
 from framecap.demo.frames import draw_video, write_demo_frames
 from framecap.demo.russian import ADJECTIVES, NOUNS, claims_of, describe, noun_phrase, parse, verb_phrase
 from framecap.demo.scenes import (
@@ -274,3 +276,18 @@ def test_one_command_makes_the_mini_captioner_from_nothing(tmp_path: Path) -> No
     best = train_mini(tmp_path, minutes=0.2, scenes=300, pairs=400, epochs=2, threads=1)
     assert Captioner.from_pretrained(tmp_path / "best").config.bridge.kind == best
     assert sum(path.stat().st_size for path in (tmp_path / "best").rglob("*") if path.is_file()) <= MAX_BYTES
+
+
+def test_the_sample_shows_captions_keeps_a_frame_and_says_what_to_try(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample.main(["--out", str(tmp_path)]) == 2
+    assert "make demo" in capsys.readouterr().err
+    data = write_dataset(tmp_path, frames=24, shards=1)
+    assert sample.main(["--out", str(tmp_path), "--every", "6"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if "video-000/" in line] == [
+        "video-000/000000", "video-000/000006", "video-000/000012", "video-000/000018",
+    ]  # fmt: skip
+    assert f"24 captions are in {data.captions}" in out
+    assert main(["describe", str(tmp_path / "frame.jpg")]) == 0
