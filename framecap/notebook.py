@@ -44,6 +44,9 @@ def read_captions(uri: str, columns: Sequence[str] | None = None, filter: pc.Exp
     return data.to_table(columns=None if columns is None else list(columns), filter=filter)
 
 
+_BOX = "aspect-ratio:16/9;background:#8883;border-radius:4px"  # of every picture: upright ones break no row
+
+
 @dataclass(frozen=True)
 class Grid:
     """Pictures with captions below, as Jupyter shows them."""
@@ -130,9 +133,9 @@ def _data_uri(frame: Any, side: int) -> str | None:
 
 def _cell(picture: str | None, caption: str, note: str) -> str:
     image = (
-        f'<img src="{picture}" alt="" style="width:100%;border-radius:4px;display:block">'
+        f'<img src="{picture}" alt="" style="{_BOX};width:100%;object-fit:contain;display:block">'
         if picture
-        else '<div style="aspect-ratio:16/9;background:#8883;border-radius:4px"></div>'
+        else f'<div style="{_BOX}"></div>'
     )
     small = f'<div style="opacity:.65;font-size:85%">{html.escape(note)}</div>' if note else ""
     return f'<div>{image}<div lang="ru" style="margin-top:4px">{html.escape(caption)}</div>{small}</div>'
