@@ -14,10 +14,10 @@ from typing import NoReturn
 
 from framecap import __version__
 from framecap.errors import FramecapError, SettingsError
-from framecap.storage import MANIFEST, join, manifest_files, read_bytes
+from framecap.storage import MANIFEST, is_local, join, manifest_files, read_bytes
 
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-_REMOTE = "Paths may be URIs (s3://, gs://, abfs://); FRAMECAP_STORAGE_OPTIONS holds their backend's options as JSON."
+_REMOTE = "Folders may be URIs (s3://, gs://, abfs://); FRAMECAP_STORAGE_OPTIONS holds their backend's options as JSON."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +86,8 @@ def _describe(args: argparse.Namespace) -> int:
     from framecap.model.captioner import Captioner, bundled_captioner
     from framecap.model.generate import DecodeOptions
 
+    if remote := [image for image in args.images if not is_local(image)]:
+        raise SettingsError(f"{remote[0]} is not a local file; copy it here, or `framecap pack` it for the job")
     options = DecodeOptions(num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
     uri = args.captioner or os.environ.get("FRAMECAP_CAPTIONER") or bundled_captioner()
     captions = Captioner.from_pretrained(uri, args.device, args.dtype).caption(

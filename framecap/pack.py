@@ -128,7 +128,7 @@ def _clear(out: str, overwrite: bool) -> None:
     shards = [file for file in files if file.endswith(".parquet")]
     if shards and not overwrite:
         raise SettingsError(
-            f"{out} already holds {len(shards)} shards of an earlier pack, which may have been broken off; "
+            f"{out} already holds {len(shards)} shard(s) of an earlier pack, which may have been broken off; "
             "--overwrite packs anew, or choose an empty folder"
         )
     foreign = [file for file in shards if not _SHARD_NAME.fullmatch(PurePosixPath(file).name)]

@@ -263,7 +263,8 @@ def local_copy(uri: str | os.PathLike[str]) -> Path:
             raise MissingFileError(f"{folder} is not a captioner directory; make one with `framecap assemble`")
         verify_manifest(folder)
         return folder
-    manifest = read_bytes(join(uri, MANIFEST))
+    with backend_errors(uri):
+        manifest = read_bytes(join(uri, MANIFEST))
     target = cache_root() / hashlib.sha256(manifest).hexdigest()
     if target.is_dir():
         return target

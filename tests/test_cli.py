@@ -52,6 +52,7 @@ def test_describe_names_the_bad_image_and_goes_on(
     [
         (["describe", "x.jpg", "--captioner", "/nowhere"], "/nowhere"),
         (["describe", "x.jpg", "--num-beams", "0"], "num_beams"),
+        (["describe", "s3://bucket/x.jpg"], "s3://bucket/x.jpg is not a local file"),
         (["describe", "x.jpg", "--device", "tpu"], "tpu"),
         (["assemble", "--encoder", "/e", "--decoder", "/d", "--bridge", "/b.pt", "--out", "/tmp/framecap-none"], "/e"),
     ],

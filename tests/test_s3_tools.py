@@ -122,6 +122,7 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_of_every_command(
         ["verify", "s3://b/in", str(local.captions)],
         ["verify", str(local.frames), "s3://b/out"],
         ["report", "s3://b/out"],
+        ["check", "s3://b/captioner"],
     ):
         assert main(argv) == 2
         error = capsys.readouterr().err
