@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards import jpeg
+from shards import caption, jpeg, without_ray, write_shards
 
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
@@ -23,6 +23,8 @@ from framecap.pipeline.read import ReadOptions, read_units
 from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.pipeline.stages import CaptionActor
 from framecap.schema import InputColumns
+
+__all__ = ["without_ray"]  # a fixture
 
 STAGES = {"read", "decode", "wait", "encode", "generate", "write"}
 
@@ -72,6 +74,19 @@ def test_an_actor_reports_every_stage_on_the_metrics_endpoint(
     assert seen["framecap_tokens_total"] == 8
     assert {f"framecap_stage_seconds_total[{stage}]" for stage in ("decode", "encode", "generate")} <= set(seen)
     assert seen["framecap_batch_fill_bucket[0.5]"] == 1
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_last_line_of_a_run_says_how_it_ended_and_where_its_summary_is(
+    tiny_captioner_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path / "in", 2, 3)
+    with caplog.at_level(logging.INFO):
+        summary = caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
+    last = caplog.messages[-1]
+    assert last.startswith("6 frames captioned in ")
+    assert "0 with errors, 2 shards published; exit code 0; " in last
+    assert Path(last.rpartition("; ")[2]).parent.name == summary.run_id
 
 
 def test_without_a_terminal_a_line_tells_rate_and_time_left(

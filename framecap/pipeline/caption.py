@@ -33,7 +33,10 @@ _LOG_EVERY_S = 30.0
 def start_ray(settings: CaptionSettings) -> Resources:
     """Join or start a cluster, and size the actor pool by what it has."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off: ours is on
     if not ray.is_initialized():
+        if settings.ray_address is None and "RAY_ADDRESS" not in os.environ:  # a cluster of this process alone
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             address=settings.ray_address,
             runtime_env={"env_vars": {OPTIONS_VARIABLE: os.environ.get(OPTIONS_VARIABLE, "")}},

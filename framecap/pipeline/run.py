@@ -72,7 +72,7 @@ def run(settings: CaptionSettings) -> Summary:
                 ledger.compact()
                 sweep_temporary_files(job.output_uri)
             summary.end(publisher, _exit_code(settings, summary, publisher))
-            write_summary(job, summary)
+            log.info("%s; %s", summary.closing(), write_summary(job, summary))
     return summary
 
 

@@ -119,15 +119,28 @@ class Summary:
             return f"estimate: {self.rows_to_do} frames; no earlier run on this output tells the rate"
         return f"estimate: {self.rows_to_do} frames at {rate:.1f} frames/s: {self.rows_to_do / rate / 60:.1f} minutes"
 
+    def closing(self) -> str:
+        """How the run ended, in one line for the log."""
+        counts = [
+            f"{self.captioned_rows:,} frames captioned in {self.seconds:.0f} s ({self.frames_per_second:.1f} frames/s)",
+            f"{self.rows_by_status[STATUS_ERROR]:,} with errors",
+            f"{self.published_shards:,} shards published",
+            f"{self.unfinished_shards:,} unfinished" if self.unfinished_shards else "",
+            f"{len(self.failed_shards):,} failed" if self.failed_shards else "",
+        ]
+        return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}"
+
     def to_json(self) -> bytes:
         hidden = ("_begun", "plan_failed")  # the latter is part of failed_shards
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def write_summary(job: Job, summary: Summary) -> None:
-    """summary.json of this run."""
-    write_bytes_atomic(join(job.state_uri, "runs", summary.run_id, "summary.json"), summary.to_json())
+def write_summary(job: Job, summary: Summary) -> str:
+    """Write summary.json of this run; its URI."""
+    uri = join(job.state_uri, "runs", summary.run_id, "summary.json")
+    write_bytes_atomic(uri, summary.to_json())
+    return uri
 
 
 def last_rate(job: Job) -> float | None:
