@@ -14,7 +14,9 @@ from framecap.training.settings import TrainSettings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and print where the captioner is; 0 done, 2 for settings, data or disk that do not allow it."""
+    """Train and print where the captioner is; 0 done, 2 for settings, data or disk that do not allow it,
+    130 after Ctrl-C.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = TrainSettings.from_command_line(argv)
@@ -23,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     except FramecapError as error:
         print(f"train_captioner: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_captioner: interrupted; start the same command again to resume", file=sys.stderr)
+        return 130
     return 0
 
 

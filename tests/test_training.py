@@ -27,9 +27,10 @@ from framecap.errors import FramecapError, SettingsError, StorageError, Training
 from framecap.storage import open_fs
 from framecap.training.disk import check_space, clear_disk_errors
 from framecap.training.examples import batch_at, shares
+from framecap.training.loop import Team
 from framecap.training.optimise import schedule
-from framecap.training.plan import make_plan
-from framecap.training.run import train_captioner, train_locally
+from framecap.training.plan import encode_here, make_plan
+from framecap.training.run import train_captioner, train_locally, train_worker
 from framecap.training.settings import TrainSettings
 
 COLOURS = {"красный": "#d02020", "синий": "#2040d0", "жёлтый": "#e8d020", "зелёный": "#20a040"}
@@ -167,6 +168,23 @@ def test_a_work_dir_of_another_run_is_refused(tmp_path: Path, pairs: Path) -> No
                 tmp_path, pairs, steps=2, learning_rate=0.1, work_dir=str(tmp_path / "run"), out=str(tmp_path / "b")
             )
         )
+
+
+class Straggler(Team):
+    """The second worker of a run whose leader has seen the checkpoint of step 7."""
+
+    def total(self, *values: float) -> list[float]:
+        return [value + 7 for value in values]
+
+
+def test_a_worker_that_sees_another_checkpoint_than_the_leader_is_an_error(tmp_path: Path, pairs: Path) -> None:
+    plan = make_plan(settings(tmp_path, pairs), "cpu")
+    team = Straggler(torch.device("cpu"), rank=1)
+    with pytest.raises(TrainingError, match=r"row group 0, are not in .*; --work-dir must be one folder"):
+        train_worker(plan, team)
+    encode_here(plan)
+    with pytest.raises(TrainingError, match=r"worker 1 finds the checkpoint of step 0 .* the leader that of step 7"):
+        train_worker(plan, team)
 
 
 def test_features_are_computed_once_and_anew_when_the_pairs_change(tmp_path: Path) -> None:

@@ -113,12 +113,17 @@ class EncodedPairs:
 
     @classmethod
     def open(cls, folder: Path, units: Sequence[PairUnit], feature: str) -> EncodedPairs:
-        """Read the parts of all units, in order."""
+        """Read the parts of all units, in order. Raises TrainingError when one is not there."""
         captions: list[list[str]] = []
         splits: list[str | None] = []
         arrays: list[np.ndarray] = []
         places: list[tuple[int, int]] = []
         bad: list[dict[str, Any]] = []
+        for unit in missing_units(folder, units):
+            raise TrainingError(
+                f"the features of {unit.path}, row group {unit.row_group}, are not in {folder}; "
+                "--work-dir must be one folder that all nodes see alike"
+            )
         for unit in units:
             part = json.loads(_part(folder, unit.index, "json").read_bytes())
             bad += [{"path": unit.path, "row_group": unit.row_group} | entry for entry in part["bad"]]

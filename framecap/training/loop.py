@@ -212,6 +212,13 @@ class Trainer:
 
     def _resume(self) -> Progress:
         found = load_checkpoint(self.checkpoints, self.identity)
+        step = found["progress"]["step"] if found else 0
+        (leaders,) = self.team.total(step if self.team.leads else 0)
+        if step != leaders:
+            raise TrainingError(
+                f"worker {self.team.rank} finds the checkpoint of step {step} in {self.checkpoints}, the leader that "
+                f"of step {leaders:.0f}; --work-dir must be one folder that all nodes see alike"
+            )
         if found is None:
             return Progress()
         self.model.load_trained_state(found["weights"])
