@@ -93,6 +93,6 @@ def bucket() -> Iterator[str]:
     options = {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FRAMECAP_STORAGE_OPTIONS", json.dumps(options))
-        open_fs("s3://frames")[0].mkdir("frames")
+        open_fs("s3://frames")[0].makedirs("frames", exist_ok=True)  # moto keeps buckets as long as the process
         yield "s3://frames"
     server.stop()

@@ -39,14 +39,16 @@ def blocks(folder: Path, captioner: Path, images: list[bytes]) -> list[pa.Table]
     return list(read_units(pa.table({"unit": [pickle.dumps((chunk,))]}), options))
 
 
-def scrape(port: int) -> dict[str, float]:
-    """Series → value of every framecap metric at a node's endpoint; labels other than ours left out."""
+def scrape(port: int) -> dict[str, dict[str, float]]:
+    """Worker → series → value of every framecap metric at a node's endpoint; labels other than ours left out."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        lines = re.findall(r"^ray_(framecap_\w+)(\{[^}]*\})? (\S+)$", answer.read().decode(), flags=re.MULTILINE)
-    return {
-        name + "".join(f"[{label}]" for label in re.findall(r'\b(?:status|stage|le)="([^"]*)"', labels)): float(value)
-        for name, labels, value in lines
-    }
+        lines = re.findall(r"^ray_(framecap_\w+)(\{[^}]*\}) (\S+)$", answer.read().decode(), flags=re.MULTILINE)
+    found: dict[str, dict[str, float]] = {}
+    for name, labels, value in lines:
+        ours = "".join(f"[{label}]" for label in re.findall(r'\b(?:status|stage|le)="([^"]*)"', labels))
+        [worker] = re.findall(r'\bWorkerId="([^"]*)"', labels)
+        found.setdefault(worker, {})[name + ours] = float(value)
+    return found
 
 
 def test_an_actor_reports_every_stage_on_the_metrics_endpoint(
@@ -54,6 +56,8 @@ def test_an_actor_reports_every_stage_on_the_metrics_endpoint(
 ) -> None:
     import ray
 
+    port = ray.nodes()[0]["MetricsExportPort"]
+    others = set(scrape(port))  # actors of other tests on the same cluster
     images = [jpeg(1), jpeg(2), jpeg(2), b"no picture"]
     options = ActorOptions(str(tiny_captioner_dir), str(tmp_path), "f", DecodeOptions(max_new_tokens=4), batch_size=8)
     actor = ray.remote(CaptionActor).options(num_cpus=0.5).remote(options)
@@ -63,11 +67,12 @@ def test_an_actor_reports_every_stage_on_the_metrics_endpoint(
     ]
     assert set(record.seconds) == STAGES
     assert all(record.seconds[stage] > 0 for stage in ("decode", "encode", "generate", "write"))
-    port = ray.nodes()[0]["MetricsExportPort"]
     deadline = time.monotonic() + 40
-    while not (seen := scrape(port)) and time.monotonic() < deadline:
+    while not (own := scrape(port).keys() - others) and time.monotonic() < deadline:
         time.sleep(0.5)
     ray.kill(actor)
+    [worker] = own
+    seen = scrape(port)[worker]
     assert seen["framecap_frames_total[truncated]"] == 3
     assert seen["framecap_frames_total[error]"] == 1
     assert seen["framecap_frames_reused_total"] == 1
