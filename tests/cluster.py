@@ -30,11 +30,12 @@ RAY = str(Path(sys.executable).parent / "ray")
 class Cluster:
     """A head node with a dashboard, and worker nodes that come and go."""
 
-    def __init__(self, folder: Path, head_cpus: int) -> None:
+    def __init__(self, folder: Path, head_cpus: int, head_gpus: int) -> None:
         self._folder, self._port, self._dashboard = folder, free_port(), free_port()
         self.address, self.dashboard = f"127.0.0.1:{self._port}", f"http://127.0.0.1:{self._dashboard}"
         self.head = self._start(
-            f"--num-cpus={head_cpus}", "--head", f"--port={self._port}", f"--dashboard-port={self._dashboard}",
+            f"--num-cpus={head_cpus}", f"--num-gpus={head_gpus}",
+            "--head", f"--port={self._port}", f"--dashboard-port={self._dashboard}",
             "--include-dashboard=true", f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}",
         )  # fmt: skip
         self.workers: list[subprocess.Popen[bytes]] = []
@@ -98,10 +99,10 @@ class Cluster:
 
 
 @contextmanager
-def started_cluster(head_cpus: int) -> Iterator[Cluster]:
-    """A cluster that is stopped by ending the processes that it started."""
+def started_cluster(head_cpus: int, head_gpus: int = 0) -> Iterator[Cluster]:
+    """A cluster that is stopped by ending the processes that it started; Ray takes its GPUs on trust."""
     folder = Path(tempfile.mkdtemp(prefix="fc-", dir="/tmp"))  # Ray's socket paths may not be long
-    cluster = Cluster(folder, head_cpus)
+    cluster = Cluster(folder, head_cpus, head_gpus)
     try:
         yield cluster
     finally:

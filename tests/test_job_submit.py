@@ -13,7 +13,8 @@ from shards import read_output, write_shards
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with started_cluster(head_cpus=2) as cluster:
+    # The job asks for a GPU where Ray knows of one, and its actors take the CPU where torch sees none.
+    with started_cluster(head_cpus=2, head_gpus=1) as cluster:
         yield cluster
 
 
@@ -33,6 +34,7 @@ def test_a_submitted_job_captions_everything_and_a_mistaken_one_fails(
     assert [len(table) for table in read_output(tmp_path / "out").values()] == [10, 10]
     summary = json.loads(next((tmp_path / "out" / "_framecap" / "runs").glob("*/summary.json")).read_text())
     assert summary["rows_by_status"] == {"truncated": 20}
+    assert "captioning on" not in done.stdout, "the job did not ask for the GPU"
 
     mistaken = cluster.ray(*submit, *job, "--num-beems", "2")
     assert mistaken.returncode == 1

@@ -51,7 +51,11 @@ def start_ray(settings: CaptionSettings) -> Resources:
         raise SettingsError(f"--device {settings.device} needs --num-gpus, and a cluster with GPUs")
     if num_gpus:
         if not gpus:
-            log.warning("no node with a GPU yet; waiting for the autoscaler (--no-progress-timeout ends it)")
+            log.warning(
+                "no node with a GPU yet; waiting for the autoscaler (--no-progress-timeout ends it), for %d actor(s): "
+                "--max-actors says how many there may be",
+                settings.max_actors or 1,
+            )
         fit = max(1, int(gpus / num_gpus)) if gpus else 1
         num_cpus, reader_cpus = settings.num_cpus or 1.0, 1.0
     else:
@@ -112,7 +116,7 @@ def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> 
             .map_batches(
                 _Actor,
                 fn_constructor_args=(job.actor_options(), storage),
-                batch_size=None,
+                batch_size=1,  # a chunk, as its block is; with num_gpus Ray refuses None
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(
                     min_size=resources.min_actors,
