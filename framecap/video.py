@@ -65,7 +65,7 @@ def read_video(file: BinaryIO, selection: Selection) -> Iterator[VideoFrame]:
     try:
         import av
     except ImportError as error:
-        raise SettingsError("reading video needs PyAV; pip install av") from error
+        raise SettingsError("reading video needs PyAV; pip install av (framecap's extra 'video')") from error
     try:
         yield from _chosen(_decoded(av, file, selection), selection)
     except (av.error.FFmpegError, OSError) as error:

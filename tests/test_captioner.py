@@ -126,6 +126,12 @@ def test_reranking_puts_the_most_similar_candidate_first(captioner: Captioner) -
     assert caption.similarity == pytest.approx(scores[0], abs=1e-5)
 
 
+def test_one_frame_instead_of_a_list_is_an_error_that_says_so(captioner: Captioner) -> None:
+    for frame in ("photo.jpg", b"\xff\xd8", Path("photo.jpg")):
+        with pytest.raises(SettingsError, match="give a list of pictures"):
+            captioner.caption(frame)  # type: ignore[arg-type]
+
+
 def test_no_frames_give_no_captions(captioner: Captioner) -> None:
     assert captioner.caption([]) == []
     assert captioner.embed_images([]).shape == (0, captioner.encoder.config.embed_dim)

@@ -112,6 +112,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, tiny_captioner_dir: Path, caps
     assert not (tmp_path / "out").exists()
     printed = capsys.readouterr().out
     assert "2 shards, 6 rows (2 new)" in printed
+    names = sorted(path.relative_to(tmp_path / "in").as_posix() for path in (tmp_path / "in").rglob("*.parquet"))
+    assert [line.split() for line in printed.splitlines()[1:3]] == [["new", "3", "rows", name] for name in names]
     assert "estimate: 6 frames" in printed
 
 

@@ -148,7 +148,11 @@ class Captioner:
         """One caption per frame, in order. A frame that cannot be used gets ``status == "error"``.
 
         ``frames``: encoded bytes, paths, PIL images or uint8 arrays [H, W, 3], in any mixture.
+
+        Raises:
+            SettingsError: ``frames`` is one path or one picture's bytes instead of a list.
         """
+        _check_list(frames)
         options = options or DecodeOptions()
         captions: list[Caption] = []
         for chunk in _chunks(frames, CAPTION_BATCH):
@@ -345,6 +349,11 @@ def _described_by(uri: str) -> Captioner:
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _check_list(frames: object) -> None:
+    if isinstance(frames, str | bytes | os.PathLike):
+        raise SettingsError(f"frames is one {type(frames).__name__}; give a list of pictures: [frame]")
 
 
 def _unit(embeddings: Tensor) -> np.ndarray:

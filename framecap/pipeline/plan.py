@@ -27,6 +27,7 @@ Range = tuple[int, int]  # rows [start, stop) of a shard
 
 REASONS = ("new", "changed", "stale", "errors")
 _FOOTER_THREADS = 16
+_LISTED = 20  # shards that --dry-run names
 _BUNDLE = 64  # tiny shards that may share a chunk
 
 
@@ -272,4 +273,11 @@ def describe(plan: Plan) -> list[str]:
     return lines
 
 
-__all__ = ["Chunk", "FramecapError", "Piece", "Plan", "Range", "ShardPlan", "describe", "fingerprint", "make_plan"]
+def list_shards_to_do(plan: Plan) -> list[str]:
+    """A line for each of the first shards to do, with its reason: for ``--dry-run``."""
+    lines = [f"  {shard.reason:<8} {shard.todo_rows:>8} rows  {shard.shard}" for shard in plan.todo[:_LISTED]]
+    left = len(plan.todo) - len(lines)
+    return [*lines, f"  … and {left} more"] if left else lines
+
+
+__all__ = ["Chunk", "FramecapError", "Piece", "Plan", "Range", "ShardPlan", "describe", "fingerprint", "list_shards_to_do", "make_plan"]

@@ -14,7 +14,7 @@ from framecap.pipeline.job import Job, prepare
 from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.listing import list_shards
 from framecap.pipeline.lock import OutputLock
-from framecap.pipeline.plan import Plan, describe, make_chunks, make_plan, make_units, subtract
+from framecap.pipeline.plan import Plan, describe, list_shards_to_do, make_chunks, make_plan, make_units, subtract
 from framecap.pipeline.progress import Progress
 from framecap.pipeline.publish import Publisher
 from framecap.pipeline.settings import CaptionSettings
@@ -92,7 +92,7 @@ def _plan(job: Job, ledger: Ledger) -> Plan:
 
 def _dry_run(job: Job, plan: Plan) -> Summary:
     summary = Summary.begin(job, plan)
-    for line in [*describe(plan), summary.estimate(job)]:
+    for line in [*describe(plan), *list_shards_to_do(plan), summary.estimate(job)]:
         print(line)
     summary.exit_code = EXIT_FAILED if plan.failed else EXIT_DONE
     return summary
