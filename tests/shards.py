@@ -65,7 +65,7 @@ def caption(source: Path | str, out: Path | str, captioner: Path | str, **settin
 
 def start_nothing(settings: CaptionSettings) -> Resources:
     """What ``start_ray`` would say of a single core, without starting Ray."""
-    return Resources(0, 1, 0.25, actors=1, min_actors=1, batch_size=settings.batch_size or 8, calls=1)
+    return Resources(0, 1, 0.25, actors=1, min_actors=1, batch_size=settings.batch_size or 8)
 
 
 def caption_in_process(

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +69,10 @@ class Caption:
 
 
 class Captioner:
-    """A ruCLIP encoder, a bridge and a ruGPT3 decoder on one device."""
+    """A ruCLIP encoder, a bridge and a ruGPT3 decoder on one device.
+
+    ``encode_seconds`` is the time spent in the encoder's image tower so far, for whoever watches a run.
+    """
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Captioner:
         self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
         self._source = source
         self._generator = Generator(decoder)
-        self._encoding = threading.local()
+        self.encode_seconds = 0.0
 
     @classmethod
     def from_pretrained(
@@ -111,12 +113,6 @@ class Captioner:
         bridge = build_bridge(config.bridge)
         load_bridge(directory / BRIDGE_WEIGHTS, bridge, decoder)
         return cls(encoder, bridge.to(place, kind).eval(), decoder, config, directory)
-
-    @property
-    def encode_seconds(self) -> float:
-        """Seconds that the calling thread has spent in the encoder's image tower, for whoever watches a run."""
-        seconds: float = getattr(self._encoding, "seconds", 0.0)
-        return seconds
 
     @property
     def resolution(self) -> int:
@@ -206,7 +202,7 @@ class Captioner:
         features = ImageFeatures(torch.cat(pooled), torch.cat(patches))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # once a call: the encoder's time is not the decoder's
-        self._encoding.seconds = self.encode_seconds + time.perf_counter() - begun
+        self.encode_seconds += time.perf_counter() - begun
         return features
 
     def embed_images(self, frames: Sequence[Frame]) -> np.ndarray:

@@ -70,7 +70,6 @@ def start_ray(settings: CaptionSettings) -> Resources:
         actors=most,
         min_actors=min(settings.min_actors, most),
         batch_size=settings.batch_size or (512 if num_gpus else 64),
-        calls=2 if num_gpus else 1,  # two share a GPU's slots; on a CPU a second one would take another's core
     )
 
 
@@ -119,10 +118,7 @@ def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> 
                 batch_size=1,  # a chunk, as its block is; with num_gpus Ray refuses None
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(
-                    min_size=resources.min_actors,
-                    max_size=resources.actors,
-                    max_tasks_in_flight_per_actor=2 * resources.calls,
-                    max_concurrent_calls_per_actor=resources.calls,
+                    min_size=resources.min_actors, max_size=resources.actors, max_tasks_in_flight_per_actor=2
                 ),
                 num_cpus=resources.num_cpus,
                 num_gpus=resources.num_gpus or None,

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor takes, how many there may be, how large its batches are and how many it works on at a time."""
+    """What one actor takes, how many there may be, and how large its batches are."""
 
     num_gpus: float
     num_cpus: float
@@ -50,7 +50,6 @@ class Resources:
     actors: int
     min_actors: int
     batch_size: int
-    calls: int
 
 
 @dataclass(frozen=True)

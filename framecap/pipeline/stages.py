@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import threading
 import time
 from collections import Counter as Tally
+from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -27,25 +26,24 @@ from framecap.model.images import Pixels
 from framecap.pipeline.fragments import write_fragment
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions, ChunkRecord
-from framecap.pipeline.remembered import Remembered
 from framecap.schema import EMBEDDING_COLUMN, REUSED_IDENTICAL, REUSED_SIMILAR, caption_schema
 
 log = logging.getLogger(__name__)
+_REMEMBERED = 20_000  # captions an actor keeps for frames with the same bytes
 RECORD_SCHEMA = pa.schema([("record", pa.binary())])
 
 
 class CaptionActor:
-    """One captioner on one device; called by Ray Data with blocks of chunks, by several threads on a GPU: their
-    frames share the decoder's slots, and the device has work while one of them reads, packs or writes."""
+    """One captioner on one device; called by Ray Data with blocks of chunks."""
 
     def __init__(self, options: ActorOptions) -> None:
         self._options = options
         torch.set_num_threads(options.threads)
         self._captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype)
-        self._remembered = Remembered()
+        self._remembered: OrderedDict[bytes, Caption] = OrderedDict()
         self._rows = options.batch_size
         self._metrics = _Metrics()
-        self._busy = _Busy()
+        self._idle_since = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """``CHUNK_SCHEMA`` → ``RECORD_SCHEMA``: one record per chunk."""
@@ -58,7 +56,8 @@ class CaptionActor:
         return pa.table([pa.array(records, pa.binary())], schema=RECORD_SCHEMA)
 
     def _caption_chunk(self, frames: ChunkFrames, pixels: Pixels) -> ChunkRecord:
-        begun, waited, encoded_before = time.perf_counter(), self._busy.enter(), self._captioner.encode_seconds
+        begun, encoded_before = time.perf_counter(), self._captioner.encode_seconds
+        waited = begun - self._idle_since
         captions, reused = self._captions(frames, pixels)
         embeddings = self._embeddings(frames, pixels)
         captioned, encode = time.perf_counter(), self._captioner.encode_seconds - encoded_before
@@ -67,8 +66,7 @@ class CaptionActor:
         if pieces:
             table = captions_table(captions, reused, self._options, embeddings)
             name = write_fragment(self._options.folder, pieces, self._options.fingerprint, table)
-        written = time.perf_counter()
-        self._busy.leave()
+        self._idle_since = time.perf_counter()
         record = ChunkRecord(
             fragment=name,
             pieces=pieces,
@@ -83,7 +81,7 @@ class CaptionActor:
                 "wait": waited,
                 "encode": encode,
                 "generate": captioned - begun - encode,
-                "write": written - captioned,
+                "write": self._idle_since - captioned,
             },
         )
         self._metrics.observe(record, frames.rows() / self._options.batch_size)
@@ -95,17 +93,22 @@ class CaptionActor:
         for row, slot in enumerate(frames.slots):
             if slot >= 0:
                 first_row.setdefault(slot, row)
+        made: dict[int, Caption] = {}
         marks: dict[int, str] = {}
+        if self._options.share_identical and self._options.reuse_similarity is None:
+            for slot in first_row:
+                if (known := self._remembered.get(frames.digests[slot])) is not None:
+                    made[slot], marks[slot] = known, REUSED_IDENTICAL
+                    self._remembered.move_to_end(frames.digests[slot])
         threshold, followers = self._options.reuse_similarity, {}
         if threshold is not None:
             embeddings = self.embed(pixels)
             followers = similar_frames(frames, first_row, embeddings, threshold)
-        seeds = {slot: frames.seeds[row] for slot, row in first_row.items() if slot not in followers}
-        if self._options.share_identical and threshold is None:
-            made, known = self._made_once(frames, pixels, seeds)
-            marks.update(dict.fromkeys(known, REUSED_IDENTICAL))
-        else:
-            made = self._made(pixels, seeds)
+        ask = [slot for slot in first_row if slot not in made and slot not in followers]
+        seeds = [frames.seeds[first_row[slot]] for slot in ask]
+        answers = self.caption_rows(pixels[ask], seeds) if ask else []
+        made.update(zip(ask, answers, strict=True))
+        self._remember(frames, ask, answers)
         if followers:
             shared = self._shared(followers, made, embeddings)
             made.update(shared)
@@ -135,32 +138,14 @@ class CaptionActor:
             for slot, caption, cosine in zip(slots, captions, cosines, strict=True)
         }
 
-    def _made(self, pixels: Pixels, seeds: dict[int, int]) -> dict[int, Caption]:
-        """A caption for each slot that has a seed."""
-        slots = list(seeds)
-        answers = self.caption_rows(pixels[slots], list(seeds.values())) if slots else []
-        return dict(zip(slots, answers, strict=True))
-
-    def _made_once(
-        self, frames: ChunkFrames, pixels: Pixels, seeds: dict[int, int]
-    ) -> tuple[dict[int, Caption], list[int]]:
-        """The same, but for frames that this actor has captioned before or is captioning in another call; these
-        are named beside."""
-        claims = {slot: self._remembered.claim(frames.digests[slot]) for slot in seeds}
-        own = {slot: seed for slot, seed in seeds.items() if claims[slot] is None}
-        made: dict[int, Caption] = {}
-        try:
-            made = self._made(pixels, own)
-        finally:
-            answers = {frames.digests[slot]: caption for slot, caption in made.items()}
-            self._remembered.settle([frames.digests[slot] for slot in own], answers)
-        for slot, claim in claims.items():
-            caption = claim.result() if isinstance(claim, Future) else claim
-            if slot not in own and caption is not None:
-                made[slot] = caption
-        known = [slot for slot in made if slot not in own]
-        left = {slot: seed for slot, seed in seeds.items() if slot not in made}  # what failed in the other call
-        return made | self._made(pixels, left), known
+    def _remember(self, frames: ChunkFrames, slots: list[int], captions: Sequence[Caption]) -> None:
+        if not self._options.share_identical or self._options.reuse_similarity is not None:
+            return
+        for slot, caption in zip(slots, captions, strict=True):
+            if caption.status != "error":
+                self._remembered[frames.digests[slot]] = caption
+        while len(self._remembered) > _REMEMBERED:
+            self._remembered.popitem(last=False)
 
     def embed(self, pixels: Pixels) -> np.ndarray:
         """uint8 [N, R, R, 3] → float32 [N, D], L2-normalised."""
@@ -205,24 +190,6 @@ class CaptionActor:
                 torch.cuda.empty_cache()
             self._rows = max(1, min(self._rows, middle))
         return self._attempt(pixels[:middle], seeds[:middle]) + self._attempt(pixels[middle:], seeds[middle:])
-
-
-class _Busy:
-    """How long the actor had nothing to do before a call."""
-
-    def __init__(self) -> None:
-        self._lock, self._calls, self._idle_since = threading.Lock(), 0, time.perf_counter()
-
-    def enter(self) -> float:
-        """Seconds since the last call ended; 0 while another is under way."""
-        with self._lock:
-            self._calls += 1
-            return time.perf_counter() - self._idle_since if self._calls == 1 else 0.0
-
-    def leave(self) -> None:
-        with self._lock:
-            self._calls -= 1
-            self._idle_since = time.perf_counter()
 
 
 def similar_frames(
