@@ -18,8 +18,7 @@ from torch import Tensor
 from framecap.errors import BridgeMismatchError
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.rugpt import RuGpt
-from framecap.model.sharing import Call, SharedLoop
-from framecap.model.slots import Frames, Job, SlotLoop
+from framecap.model.slots import Job, SlotLoop
 from framecap.model.step import CudaGraphs, Recorder, Shapes
 from framecap.model.stopping import Candidate
 
@@ -58,38 +57,32 @@ class Generator:
         self.static = on_gpu if static is None else static
         self._recorder = CudaGraphs if recorder is None and on_gpu and self.static else recorder
         self._kept: SlotLoop | None = None
-        self._shared = SharedLoop(self._take_loop, self._keep_loop)
 
     def generate(
         self, prefix: Tensor | None, memory: Tensor | None, options: DecodeOptions, seeds: list[int] | None = None
     ) -> list[list[Candidate]]:
-        """Decode N frames: for each its candidates, best first; see ``generate``.
-
-        Threads may call at the same time: with equal options their frames share the slots, so that no batch
-        drains alone.
-        """
+        """Decode N frames: for each its candidates, best first; see ``generate``."""
         given = prefix if prefix is not None else memory
         if given is None:
             raise BridgeMismatchError("the bridge gave neither a prefix nor a memory; one of them is needed.")
-        batch = FrameBatch(prefix, memory, [options.seed] * len(given) if seeds is None else seeds)
-        jobs = _jobs(self.decoder, batch, options)
-        if not jobs:
-            return []
-        self.decoder.check_positions(jobs[0].lengths[0], options.max_new_tokens)
-        frames, rows = jobs[0].frames, len(jobs) * options.num_beams
-        # Seeds came with the frames; few frames need few slots.
-        shared = Call(
-            frames, jobs, replace(options, seed=0), self.max_rows if self.static else min(self.max_rows, rows)
-        )
-        self._shared.run(shared)
-        return [frames.found[frame] for frame in range(frames.count)]
+        frames = given.shape[0]
+        batch = FrameBatch(prefix, memory, [options.seed] * frames if seeds is None else seeds)
+        # Few frames need few slots.
+        rows = frames * max(options.num_beams, options.num_return_sequences)
+        found = dict(self._stream([batch], options, self.max_rows if self.static else min(self.max_rows, rows)))
+        return [found[frame] for frame in range(frames)]
 
     def stream(self, batches: Iterable[FrameBatch], options: DecodeOptions) -> Iterator[tuple[int, list[Candidate]]]:
         """Decode frames of ``batches`` without draining between them; see ``generate_stream``."""
-        options = replace(options, seed=0)  # the frames bring theirs
+        return self._stream(batches, options, self.max_rows)
+
+    def _stream(
+        self, batches: Iterable[FrameBatch], options: DecodeOptions, max_rows: int
+    ) -> Iterator[tuple[int, list[Candidate]]]:
         loop: SlotLoop | None = None
+        samples = options.num_return_sequences if options.do_sample else 1
         waiting: deque[Job] = deque()
-        firsts: dict[Frames, int] = {}  # the number of the first frame of each batch under way
+        partial: dict[int, dict[int, Candidate]] = {}
         source, number, exhausted = iter(batches), 0, False
         while True:
             while not exhausted and len(waiting) < (loop.slots if loop else 1):
@@ -97,31 +90,33 @@ class Generator:
                 if batch is None:
                     exhausted = True
                     break
-                jobs = _jobs(self.decoder, batch, options)
-                if not jobs:
-                    continue
-                firsts[jobs[0].frames] = number
+                waiting.extend(_jobs(self.decoder, batch, number, samples))
                 number += len(batch.seeds)
-                waiting.extend(jobs)
-                loop = loop or self._take_loop(options, jobs[0], self.max_rows)
+                if loop is None and waiting:
+                    loop = self._take_loop(options, waiting[0], max(1, max_rows // options.num_beams))
             if loop is None:
                 return
             if not waiting and loop.idle:
                 self._keep_loop(loop)
                 return
             for job, candidates in loop.turn(waiting):
-                if job.frames.add(job, candidates):
-                    yield firsts[job.frames] + job.frame, job.frames.found[job.frame]
-                    if job.frames.done:
-                        del firsts[job.frames]
+                if samples == 1:
+                    yield job.frame, candidates
+                    continue
+                drawn = partial.setdefault(job.frame, {})
+                drawn[job.sample] = candidates[0]
+                if len(drawn) == samples:
+                    yield job.frame, [drawn[place] for place in range(samples)]
+                    del partial[job.frame]
 
-    def _take_loop(self, options: DecodeOptions, first: Job, rows: int) -> SlotLoop:
+    def _take_loop(self, options: DecodeOptions, first: Job, slots: int) -> SlotLoop:
         """The kept loop if it fits, else a new one; whoever stops half-way leaves none behind."""
         kept, self._kept = self._kept, None
-        if kept is not None and kept.fits(options, first):
-            return kept
-        slots = max(1, rows // options.num_beams)
         shapes = Shapes.static(slots) if self.static else Shapes()
+        # Seeds come with the frames.
+        options = replace(options, seed=0)
+        if kept is not None and kept.fits(options, first, slots):
+            return kept
         return SlotLoop(self.decoder, options, first, slots, shapes, self._recorder)
 
     def _keep_loop(self, loop: SlotLoop) -> None:
@@ -161,7 +156,7 @@ def generate_stream(
     return Generator(decoder, max_rows).stream(batches, options)
 
 
-def _jobs(decoder: RuGpt, batch: FrameBatch, options: DecodeOptions) -> list[Job]:
+def _jobs(decoder: RuGpt, batch: FrameBatch, number: int, samples: int) -> list[Job]:
     config = decoder.config
     given = batch.prefix if batch.prefix is not None else batch.memory
     if given is None:
@@ -180,11 +175,10 @@ def _jobs(decoder: RuGpt, batch: FrameBatch, options: DecodeOptions) -> list[Job
         prefix = _start(decoder, len(batch.seeds)) if batch.prefix is None else batch.prefix
         prefix = prefix.to(decoder.device, decoder.dtype)
         memory = None if batch.memory is None else batch.memory.to(decoder.device, decoder.dtype)
-    frames = Frames(len(batch.seeds), options.num_return_sequences if options.do_sample else 1)
     return [
-        Job(frames, place, sample, seed, prefix[place], None if memory is None else memory[place])
+        Job(number + place, sample, seed, prefix[place], None if memory is None else memory[place])
         for place, seed in enumerate(batch.seeds)
-        for sample in range(frames.samples)
+        for sample in range(samples)
     ]
 
 

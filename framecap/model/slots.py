@@ -28,44 +28,10 @@ from framecap.model.transfer import HostCopy, index
 REFILL_SHARE = 0.25
 
 
-@dataclass(eq=False)
-class Frames:
-    """A batch of ``count`` frames on its way through the slots: the candidates of those that are finished."""
-
-    count: int
-    samples: int
-    found: dict[int, list[Candidate]] = field(default_factory=dict)
-    _drawn: dict[int, dict[int, Candidate]] = field(default_factory=dict)
-
-    @property
-    def done(self) -> bool:
-        """Whether all frames are finished."""
-        return len(self.found) == self.count
-
-    def clear(self) -> None:
-        """Forget what was finished."""
-        self.found.clear()
-        self._drawn.clear()
-
-    def add(self, job: Job, candidates: list[Candidate]) -> bool:
-        """Note what became of ``job``; whether its frame has all its samples now."""
-        if self.samples > 1:
-            drawn = self._drawn.setdefault(job.frame, {})
-            drawn[job.sample] = candidates[0]
-            if len(drawn) < self.samples:
-                return False
-            candidates = [drawn[place] for place in range(self.samples)]
-            del self._drawn[job.frame]
-        self.found[job.frame] = candidates
-        return True
-
-
 @dataclass(frozen=True)
 class Job:
-    """A caption to be made: ``prefix`` [P, E], ``memory`` [M, E] or None; which frame of which batch it is,
-    which of the frame's samples, and the seed."""
+    """A caption to be made: ``prefix`` [P, E], ``memory`` [M, E] or None; number of frame and sample, seed."""
 
-    frames: Frames
     frame: int
     sample: int
     seed: int
@@ -121,9 +87,9 @@ class SlotLoop:
         self._looks: deque[tuple[list[_Seat | None], HostCopy]] = deque()
         self._leaving: deque[tuple[list[_Seat], HostCopy]] = deque()
 
-    def fits(self, options: DecodeOptions, first: Job) -> bool:
-        """Whether this job could be done here."""
-        return (self.options, self._lengths) == (options, first.lengths)
+    def fits(self, options: DecodeOptions, first: Job, slots: int) -> bool:
+        """Whether these jobs could be done here."""
+        return (self.options, self._lengths, self.slots) == (options, first.lengths, slots)
 
     @property
     def idle(self) -> bool:
