@@ -335,3 +335,14 @@ def _download(uri: str | os.PathLike[str], manifest: bytes, target: Path) -> Non
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def mark(info: dict[str, Any]) -> str:
+    """Size with ETag, hash or modification time: what tells one version of a file from the next."""
+    if "ino" in info:  # a local file; HDFS and SFTP also have an mtime and names that begin with a slash
+        status = Path(info["name"]).stat()
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    for key in ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "updated"):
+        if info.get(key) is not None:
+            return f"{info['size']}-{str(info[key]).strip(chr(34))}"
+    return str(info["size"])

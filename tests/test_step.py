@@ -132,6 +132,23 @@ def test_each_shape_is_captured_once_and_the_captions_are_the_same(decoder: RuGp
         assert 1 < len(tape.captured) <= 6
 
 
+def test_few_frames_get_few_slots_and_a_larger_loop_serves_them_too(
+    decoder: RuGpt, prefixes: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots: list[int] = []
+    new_cache = decoder.new_cache
+
+    def counted(count: int, length: int, memory: int) -> object:
+        slots.append(count)
+        return new_cache(count, length, memory)
+
+    monkeypatch.setattr(decoder, "new_cache", counted)
+    generator = Generator(decoder, SLOTS, static=True, recorder=Tape)
+    for frames in (3, 30, 5):
+        generator.generate(prefixes[:frames], None, DecodeOptions(max_new_tokens=NEW))
+    assert slots == [16, 32]
+
+
 def test_where_capturing_fails_captions_are_the_same_and_one_warning_says_so(
     decoder: RuGpt, prefixes: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:

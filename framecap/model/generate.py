@@ -67,9 +67,11 @@ class Generator:
             raise BridgeMismatchError("the bridge gave neither a prefix nor a memory; one of them is needed.")
         frames = given.shape[0]
         batch = FrameBatch(prefix, memory, [options.seed] * frames if seeds is None else seeds)
-        # Few frames need few slots.
-        rows = frames * max(options.num_beams, options.num_return_sequences)
-        found = dict(self._stream([batch], options, self.max_rows if self.static else min(self.max_rows, rows)))
+        # Few frames need few slots: what does not fit the memory does when it is halved.
+        rows = min(self.max_rows, frames * max(options.num_beams, options.num_return_sequences))
+        if self.static:
+            rows = Shapes.static(self.max_rows).rows_for(rows)
+        found = dict(self._stream([batch], options, rows))
         return [found[frame] for frame in range(frames)]
 
     def stream(self, batches: Iterable[FrameBatch], options: DecodeOptions) -> Iterator[tuple[int, list[Candidate]]]:
@@ -112,11 +114,12 @@ class Generator:
     def _take_loop(self, options: DecodeOptions, first: Job, slots: int) -> SlotLoop:
         """The kept loop if it fits, else a new one; whoever stops half-way leaves none behind."""
         kept, self._kept = self._kept, None
-        shapes = Shapes.static(slots) if self.static else Shapes()
         # Seeds come with the frames.
         options = replace(options, seed=0)
         if kept is not None and kept.fits(options, first, slots):
             return kept
+        del kept  # its memory is for the new one
+        shapes = Shapes.static(slots) if self.static else Shapes()
         return SlotLoop(self.decoder, options, first, slots, shapes, self._recorder)
 
     def _keep_loop(self, loop: SlotLoop) -> None:

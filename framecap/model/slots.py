@@ -88,8 +88,8 @@ class SlotLoop:
         self._leaving: deque[tuple[list[_Seat], HostCopy]] = deque()
 
     def fits(self, options: DecodeOptions, first: Job, slots: int) -> bool:
-        """Whether these jobs could be done here."""
-        return (self.options, self._lengths, self.slots) == (options, first.lengths, slots)
+        """Whether these jobs could be done here, with ``slots`` or more."""
+        return (self.options, self._lengths) == (options, first.lengths) and self.slots >= slots
 
     @property
     def idle(self) -> bool:

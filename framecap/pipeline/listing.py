@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,7 @@ from fsspec.utils import stringify_path
 
 from framecap.errors import SettingsError, ShardError, StorageError
 from framecap.schema import SHARD_SUFFIX
-from framecap.storage import backend_errors, is_local, join, open_fs
+from framecap.storage import backend_errors, is_local, join, mark, open_fs
 
 _MAGIC = frozenset("*?[")
 _READ_BUFFER = 1 << 20  # column chunks are streamed in pieces of this size, whatever the row group's size
@@ -108,17 +107,6 @@ def _scan(folder: Path, prefix: str) -> list[tuple[str, str]]:
                 status = entry.stat()
                 found.append((prefix + entry.name, f"{status.st_size}-{status.st_mtime_ns}"))
     return found
-
-
-def mark(info: dict[str, Any]) -> str:
-    """Size with ETag, hash or modification time: what tells one version of a file from the next."""
-    if "ino" in info:  # a local file; HDFS and SFTP also have an mtime and names that begin with a slash
-        status = Path(info["name"]).stat()
-        return f"{status.st_size}-{status.st_mtime_ns}"
-    for key in ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "updated"):
-        if info.get(key) is not None:
-            return f"{info['size']}-{str(info[key]).strip(chr(34))}"
-    return str(info["size"])
 
 
 def mark_of(uri: str) -> str:

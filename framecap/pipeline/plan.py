@@ -280,4 +280,15 @@ def list_shards_to_do(plan: Plan) -> list[str]:
     return [*lines, f"  … and {left} more"] if left else lines
 
 
-__all__ = ["Chunk", "FramecapError", "Piece", "Plan", "Range", "ShardPlan", "describe", "fingerprint", "list_shards_to_do", "make_plan"]
+__all__ = [
+    "Chunk",
+    "FramecapError",
+    "Piece",
+    "Plan",
+    "Range",
+    "ShardPlan",
+    "describe",
+    "fingerprint",
+    "list_shards_to_do",
+    "make_plan",
+]

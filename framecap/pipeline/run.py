@@ -140,8 +140,11 @@ def _take_up_fragments(job: Job, plan: Plan, publisher: Publisher) -> int:
     for name in list_fragments(job.places.fragments):
         try:
             fragment, _ = read_fragment(job.places.fragments, name)
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, FileNotFoundError):
             delete_fragment(job.places.fragments, name)
+            continue
+        except OSError as error:  # a store that does not answer now may do so in the next run
+            log.warning("fragment %s cannot be read (%s); its rows are captioned again", name, error)
             continue
         useful = [p for p in fragment.pieces if p.shard in wanted and p.serves(wanted[p.shard])]
         waiting = any(p.shard in later and p.serves(later[p.shard]) for p in fragment.pieces)

@@ -21,7 +21,7 @@ import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from framecap.errors import FrameError
-from framecap.model.captioner import Caption, Captioner
+from framecap.model.captioner import DECIMALS, Caption, Captioner
 from framecap.model.images import Pixels
 from framecap.pipeline.fragments import write_fragment
 from framecap.pipeline.read import ChunkFrames
@@ -134,7 +134,7 @@ class CaptionActor:
         texts = self._captioner.embed_texts([caption.text for caption in captions])
         cosines = (embeddings[slots] * texts).sum(axis=1).tolist()
         return {
-            slot: replace(caption, similarity=cosine) if caption.status != "error" else caption
+            slot: replace(caption, similarity=round(cosine, DECIMALS)) if caption.status != "error" else caption
             for slot, caption, cosine in zip(slots, captions, cosines, strict=True)
         }
 
@@ -149,9 +149,9 @@ class CaptionActor:
 
     def embed(self, pixels: Pixels) -> np.ndarray:
         """uint8 [N, R, R, 3] → float32 [N, D], L2-normalised."""
-        parts = []
-        for start in range(0, len(pixels), self._rows):
-            pooled = self._captioner.features(pixels[start : start + self._rows]).pooled.float()
+        parts, rows = [], self._rows
+        for start in range(0, len(pixels), rows):
+            pooled = self._captioner.features(pixels[start : start + rows]).pooled.float()
             parts.append(torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy())
         return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framecap.errors import EvaluationError, TrainingError
-from framecap.storage import open_fs
+from framecap.storage import mark, open_fs
 from framecap.training.scored_texts import list_data_files
 from framecap.training.settings import TrainSettings
 
@@ -78,8 +78,7 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
             if column not in names:
                 raise TrainingError(f"{path} has no column {column!r}; it has {', '.join(names)}")
         split = split if split in names else ""
-        info = fs.info(path)
-        signature = f"{info.get('size')}:{info.get('ETag') or info.get('mtime') or info.get('created')}"
+        signature = mark(fs.info(path))
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             units.append(PairUnit(len(units), settings.pairs, path, group, rows, signature))

@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from framecap.errors import FramecapError, MissingFileError, SettingsError, StorageError
-from framecap.storage import MANIFEST, OPTIONS_VARIABLE, check_endpoint, is_local, join, name_scheme, open_fs
+from framecap.storage import MANIFEST, OPTIONS_VARIABLE, check_endpoint, is_local, join, mark, name_scheme, open_fs
 from framecap.training.disk import clear_disk_errors
 from framecap.training.settings import TrainSettings
 
+CAPTIONER = "captioner"  # in the work folder: what is uploaded to an out that is no folder here
 _LOCATIONS = ("encoder", "decoder", "pairs", "out", "work_dir")
 
 
@@ -41,7 +42,8 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
 
 
 def check_out(settings: TrainSettings) -> None:
-    """Raise SettingsError unless ``out`` is free and the work folder is on a disk; nothing is written."""
+    """Raise SettingsError unless ``out`` is free (but for a broken upload of the same run) and the work folder is on
+    a disk; nothing is written."""
     if not is_local(settings.run_dir):
         raise SettingsError(
             f"the work folder {settings.run_dir} is no folder on a disk; give --work-dir, a folder that all nodes see"
@@ -49,6 +51,8 @@ def check_out(settings: TrainSettings) -> None:
     fs, path = open_fs(settings.out)
     try:
         taken = fs.exists(path) and (fs.isfile(path) or bool(fs.ls(path)))
+        if taken and not is_local(settings.out) and (Path(settings.run_dir) / CAPTIONER).is_dir():
+            taken = fs.exists(join(path, MANIFEST))  # else an upload of this run broke off
     except Exception as error:  # every backend has errors of its own; the operator needs one line
         raise StorageError(f"--out {settings.out} cannot be reached: {error}") from error
     if taken:
@@ -73,7 +77,7 @@ def fetch_checkpoint(uri: str, root: Path, flag: str) -> str:
         files = {name: info for name, info in found.items() if not name.endswith("/") and name != path}
         if not files:
             raise MissingFileError(f"{flag} {uri} holds no files; give the folder of a checkpoint")
-        marks = [[n, i["size"], str(i.get("ETag") or i.get("mtime") or "")] for n, i in sorted(files.items())]
+        marks = [[name, mark(info)] for name, info in sorted(files.items())]
         target = root / hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
         if not target.is_dir():
             with clear_disk_errors(root):

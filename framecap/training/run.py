@@ -21,7 +21,7 @@ from framecap.training.curve import draw
 from framecap.training.disk import clear_disk_errors, replace_file
 from framecap.training.loop import Team, Trainer
 from framecap.training.loss import CaptionLoss
-from framecap.training.places import upload
+from framecap.training.places import CAPTIONER, upload
 from framecap.training.plan import TrainPlan, build_model, encode_here, load_data, make_plan
 from framecap.training.settings import TrainSettings
 
@@ -124,7 +124,7 @@ def publish(plan: TrainPlan) -> Path:
         raise TrainingError(f"{result} holds no finished result; start the same command again to resume")
     decoder = result / "decoder" if plan.settings.train == "bridge+decoder" else Path(plan.settings.decoder)
     local = is_local(plan.settings.out)
-    folder = Path(plan.settings.out) if local else plan.run_dir / "captioner"
+    folder = Path(plan.settings.out) if local else plan.run_dir / CAPTIONER
     with clear_disk_errors(folder):
         if not local:
             shutil.rmtree(folder, ignore_errors=True)  # of a run whose upload failed
