@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from framecap import schema
 from framecap.errors import ShardError
 from framecap.pipeline.listing import list_input, list_output, open_shard
-from framecap.storage import check_endpoint, open_fs
+from framecap.storage import check_endpoint, join, open_fs
 from framecap.verify_rows import IdStream, compare_rows
 
 FAULTS = {
@@ -201,7 +202,9 @@ def _compare(
     faults = [Fault("schema", name, text) for text in schema_faults(frames, captions, columns)]
     signature = metadata.get(schema.META_SIGNATURE, b"").decode()
     if signature != present:
-        faults.append(Fault("stale", name, f"captioned when its frames were {signature!r}, now {present!r}"))
+        faults.append(
+            Fault("stale", name, f"captioned from frames of {_readable(signature)}, now there are {_readable(present)}")
+        )
     counts: Counter[str] = Counter()
     if columns.frame_id in captions.schema_arrow.names:
         ids = IdStream(_ids(captions, columns.frame_id, counts))
@@ -219,6 +222,19 @@ def _compare(
         tuple(faults),
         *_carried(frames, captions, columns),
     )
+
+
+def _readable(signature: str) -> str:
+    """A shard's mark, ``size-version`` of `framecap.storage.mark`, in words."""
+    size, _, version = signature.partition("-")
+    if not size.isdigit():
+        return f"signature {signature!r}" if signature else "no signature"
+    when = f"{datetime.fromtimestamp(int(version) / 1e9, UTC):%Y-%m-%d %H:%M:%S} UTC" if _is_time(version) else version
+    return f"{int(size):,} bytes" + (f" ({when})" if when else "")
+
+
+def _is_time(version: str) -> bool:
+    return version.isdigit() and len(version) == len("1700000000000000000")  # nanoseconds, as local files have
 
 
 def _carried(
@@ -300,14 +316,23 @@ def run(args: argparse.Namespace) -> int:
     columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
     result = verify(args.frames, args.captions, columns, args.fingerprint)
     print(
-        f"{result.shards:,} shards, {result.frames:,} frames, {result.error_rows:,} with status error, "
+        f"{result.shards:,} {'shard' if result.shards == 1 else 'shards'}, {result.frames:,} "
+        f"{'frame' if result.frames == 1 else 'frames'}, {result.error_rows:,} with status error, "
         f"fingerprint {result.fingerprint or 'none'}"
     )
     if result.ok:
         print("every frame is there once and in order")
         return 0
     print(table(result.faults, None if args.all else _LISTED))
+    if _looks_swapped(args.frames, args.captions):
+        print(f"\n{args.frames} is an output of the job: IN comes first, then OUT")
     return 1
+
+
+def _looks_swapped(frames: str, captions: str) -> bool:
+    """Whether IN has the state of a captioning job, and OUT has none."""
+    states = [open_fs(join(uri, schema.STATE_FOLDER)) for uri in (frames, captions)]
+    return [fs.exists(path) for fs, path in states] == [True, False]
 
 
 def table(faults: Iterable[Fault], most: int | None = None) -> str:

@@ -156,7 +156,7 @@ def _resolve(frames: IdStream, captions: IdStream, findings: _Findings) -> None:
     """Name one fault at the current place and step over it."""
     expected, found, position = frames.peek(), captions.peek(), captions.position
     if found is None:
-        findings.add("missing_row", f"row {position}: {frames.take()!r} has no caption")
+        _missing(frames, findings)
         return
     if expected is None:
         _extra(frames, captions, findings)
@@ -168,12 +168,17 @@ def _resolve(frames: IdStream, captions: IdStream, findings: _Findings) -> None:
     missing, extra = frames.find(found), captions.find(expected)
     if missing is not None and (extra is None or missing <= extra):
         for _ in range(missing):
-            findings.add("missing_row", f"row {position}: {frames.take()!r} has no caption")
+            _missing(frames, findings)
     elif extra is not None:
         for _ in range(extra):
             _extra(frames, captions, findings)
     else:
         findings.replace(position, frames.take(), captions.take())
+
+
+def _missing(frames: IdStream, findings: _Findings) -> None:
+    position = frames.position
+    findings.add("missing_row", f"row {position} of the frames: {frames.take()!r} has no caption")
 
 
 def _extra(frames: IdStream, captions: IdStream, findings: _Findings) -> None:

@@ -211,6 +211,25 @@ def test_a_planted_fault_is_found_and_is_the_only_one(
     assert all(kind in printed for kind in PLANTED[plant])
 
 
+def test_each_missing_row_is_told_by_its_own_number(data: Dataset) -> None:
+    reorder(data, [*range(7), *range(9, 18)])
+    told = [fault.detail for fault in verify.verify(str(data.frames), str(data.captions)).faults]
+    assert [text.partition(" of the frames:")[0] for text in told] == ["row 7", "row 8", "row 18", "row 19"]
+
+
+def test_what_is_stale_is_told_in_bytes_and_time(data: Dataset) -> None:
+    os.utime(data.frames / SHARD, ns=(1, 1_700_000_000_000_000_000))
+    size = (data.frames / SHARD).stat().st_size
+    detail = verify.verify(str(data.frames), str(data.captions)).faults[0].detail
+    assert detail.endswith(f"now there are {size:,} bytes (2023-11-14 22:13:20 UTC)")
+
+
+def test_in_and_out_the_wrong_way_round_are_noticed(data: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    (data.captions / schema.STATE_FOLDER).mkdir(exist_ok=True)
+    assert exit_code(str(data.captions), str(data.frames)) == 1
+    assert f"{data.captions} is an output of the job: IN comes first, then OUT" in capsys.readouterr().out
+
+
 def test_a_given_fingerprint_is_held_against_every_shard(data: Dataset) -> None:
     result = verify.verify(str(data.frames), str(data.captions), fingerprint="e" * 64)
     assert [fault.kind for fault in result.faults] == ["fingerprint"] * 3
