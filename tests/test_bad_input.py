@@ -19,6 +19,7 @@ from shards import caption, jpeg, read_output, shard_table, skip_ray, without_ra
 from framecap.errors import SettingsError
 from framecap.model.captioner import Caption
 from framecap.model.decode_options import DecodeOptions
+from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.run import main
 from framecap.pipeline.settings import CaptionSettings
@@ -199,6 +200,21 @@ def test_a_frame_that_breaks_its_batch_is_found_and_becomes_an_error_row(actor: 
     assert [caption.status for caption in captions] == ["ok"] * 11 + ["error"] + ["ok"] * 2
     assert captions[11].error is not None
     assert captions[11].error.startswith("model: ValueError: this frame is poison")
+
+
+def test_near_frames_of_one_that_broke_its_batch_get_captions_of_their_own(
+    tiny_captioner_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ActorOptions(
+        str(tiny_captioner_dir), str(tmp_path), "f", DecodeOptions(), similarity=False, reuse_similarity=0.9
+    )
+    actor = CaptionActor(options)
+    actor._captioner = Fragile(most=100)  # type: ignore[assignment]
+    monkeypatch.setattr(actor, "embed", lambda pixels: np.ones((len(pixels), 1), np.float32))
+    frames = ChunkFrames((), [0, 1, 2], [0] * 3, [b"a", b"b", b"c"], groups=["video"] * 3)
+    captions, reused = actor._captions(frames, pictures([255, 1, 2]))
+    assert [caption.status for caption in captions] == ["error", "ok", "ok"]
+    assert reused == [None] * 3
 
 
 def caption_on_a_lost_gpu(options: ActorOptions) -> None:

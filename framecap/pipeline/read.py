@@ -225,8 +225,9 @@ class _ChunkBuilder:
 
     def _group(self, piece: Piece, row: int, video: object) -> str | None:
         """Frames share only within the ``REUSE_ROWS`` rows of a block, which are always captioned together: what
-        a row gets then follows from its shard alone, not from how the run was cut. Rows taken up again
-        (``piece.basis``) get captions of their own."""
+        a row gets then follows from its shard alone, not from how the run was cut (in fp16 the last bits of a
+        cosine depend on the batch, so one that equals the threshold to within those may fall either way). Rows
+        taken up again (``piece.basis``) get captions of their own."""
         if self._options.columns.video is None:
             return None
         block = f"{piece.shard}#{row // REUSE_ROWS}"

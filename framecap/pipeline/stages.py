@@ -104,11 +104,17 @@ class CaptionActor:
         if threshold is not None:
             embeddings = self.embed(pixels)
             followers = similar_frames(frames, first_row, embeddings, threshold)
-        ask = [slot for slot in first_row if slot not in made and slot not in followers]
-        seeds = [frames.seeds[first_row[slot]] for slot in ask]
-        answers = self.caption_rows(pixels[ask], seeds) if ask else []
-        made.update(zip(ask, answers, strict=True))
-        self._remember(frames, ask, answers)
+
+        def ask(slots: list[int]) -> None:
+            answers = self.caption_rows(pixels[slots], [frames.seeds[first_row[slot]] for slot in slots])
+            made.update(zip(slots, answers, strict=True))
+            self._remember(frames, slots, answers)
+
+        ask([slot for slot in first_row if slot not in made and slot not in followers])
+        # What broke one frame need not break those near it.
+        alone = [slot for slot, leader in followers.items() if made[leader].status == "error"]
+        ask(alone)
+        followers = {slot: leader for slot, leader in followers.items() if slot not in alone}
         if followers:
             shared = self._shared(followers, made, embeddings)
             made.update(shared)
@@ -134,7 +140,7 @@ class CaptionActor:
         texts = self._captioner.embed_texts([caption.text for caption in captions])
         cosines = (embeddings[slots] * texts).sum(axis=1).tolist()
         return {
-            slot: replace(caption, similarity=round(cosine, DECIMALS)) if caption.status != "error" else caption
+            slot: replace(caption, similarity=round(cosine, DECIMALS))
             for slot, caption, cosine in zip(slots, captions, cosines, strict=True)
         }
 
