@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from argparse import ArgumentParser
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -20,6 +21,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliSettingsSource,
     InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
@@ -52,6 +54,9 @@ def _as_seconds(value: object) -> object:
         return float(match[1]) * _UNITS[match[2]]
     return value
 
+
+# What `--help` calls a value, by the type that pydantic-settings would print.
+_WORDS = {"str": "TEXT", "int": "N", "float": "X", "Path": "FILE", "tuple[str,...]": "A,B", "dict[str,Any]": "JSON"}
 
 StringList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_as_list)]
 Seconds = Annotated[float, BeforeValidator(_as_seconds)]
@@ -107,13 +112,23 @@ class JobSettings(BaseSettings):
         _check_environment(cls)
         token = _FILE_VALUES.set(_read_config(cls, arguments))
         try:
-            return CliApp.run(cls, cli_args=arguments, cli_exit_on_error=False)
+            flags: CliSettingsSource[ArgumentParser] = CliSettingsSource(
+                cls, cli_exit_on_error=False, add_argument_method=_add_argument
+            )
+            return CliApp.run(cls, cli_args=arguments, cli_settings_source=flags, cli_exit_on_error=False)
         except ValidationError as error:
             raise SettingsError(_one_line(cls, error)) from None
         except PydanticSettingsError as error:
             raise SettingsError(" ".join(str(error).split())) from None
         finally:
             _FILE_VALUES.reset(token)
+
+
+def _add_argument(parser: ArgumentParser, *names: str, **keywords: Any) -> None:
+    """``ArgumentParser.add_argument`` with a word for the value instead of its Python type."""
+    if keywords.get("metavar") in _WORDS:
+        keywords["metavar"] = _WORDS[keywords["metavar"]]
+    parser.add_argument(*names, **keywords)
 
 
 def flag(name: str) -> str:

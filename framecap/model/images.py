@@ -132,7 +132,8 @@ def _read(frame: object) -> bytes:
         try:
             data = Path(frame).read_bytes()
         except (OSError, ValueError) as error:
-            raise FrameError("missing", f"{frame} cannot be read ({error}); check the path.") from error
+            cause = getattr(error, "strerror", None) or error
+            raise FrameError("missing", f"{frame} cannot be read ({cause}); check the path.") from error
     elif isinstance(frame, (bytes, bytearray, memoryview)):
         data = bytes(frame)
     else:
