@@ -28,11 +28,11 @@ class PackedWeight:
         if torch.is_grad_enabled() or not _suits(x, weight):
             self._packed = None
             return F.linear(x, weight, bias)
-        source = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._packed is None or source != self._made_of:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _TYPICAL_ROWS)
-            self._made_of = source
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        source, packed = (weight.data_ptr(), 0 if weight.is_inference() else weight._version), self._packed
+        if packed is None or source != self._made_of:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _TYPICAL_ROWS)
+            self._packed, self._made_of = packed, source
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
     def __reduce__(self) -> tuple[type[PackedWeight], tuple[()]]:
         return PackedWeight, ()  # what is packed can be neither copied nor pickled, only packed again

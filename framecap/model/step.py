@@ -116,7 +116,10 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs in one memory pool: they never run at the same time and keep no result of their own."""
+    """CUDA graphs in one memory pool: they never run at the same time and keep no result of their own.
+
+    Written to torch's documentation and not yet run on a GPU; the tests record with a stand-in.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()

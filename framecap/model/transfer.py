@@ -5,6 +5,7 @@ On a CPU there is nothing to transfer and everything here is a plain copy.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -27,7 +28,7 @@ def ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     if device.type != "cuda":
         yield from batches
         return
-    copying, using = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copying, using = _copy_stream(device), torch.cuda.current_stream(device)
 
     def send(batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         with torch.cuda.stream(copying):
@@ -41,6 +42,13 @@ def ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
             yield _arrived(*sent.popleft(), using)
     if sent:
         yield _arrived(*sent.popleft(), using)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device that copies. Torch hands its streams out in turn, from a pool for each priority:
+    this priority is nobody else's here, so it is never the stream that captures or computes."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _arrived(moved: Tensor, event: torch.cuda.Event, using: torch.cuda.Stream) -> Tensor:
