@@ -26,10 +26,12 @@ soak: .venv/dev.stamp
 	$(PYTHON) -m venv .venv
 
 .venv/run.stamp: .venv/bin/python pyproject.toml
+	@echo "Installing into .venv; the first time this takes some minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
 .venv/dev.stamp: .venv/bin/python pyproject.toml
+	@echo "Installing into .venv, with the tools for tests; the first time this takes some minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@ .venv/run.stamp
 

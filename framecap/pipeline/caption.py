@@ -69,7 +69,7 @@ def start_ray(settings: CaptionSettings) -> Resources:
         reader_cpus=reader_cpus,
         actors=most,
         min_actors=min(settings.min_actors, most),
-        batch_size=settings.batch_size or (512 if num_gpus else 64),
+        batch_size=settings.batch_size or (1024 if num_gpus else 64),
     )
 
 

@@ -20,7 +20,7 @@ class ActorOptions:
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 1
-    batch_size: int = 512
+    batch_size: int = 64
     similarity: bool = True
     embedding_size: int | None = None
     share_identical: bool = True

@@ -53,7 +53,7 @@ class CaptionSettings(JobSettings):
     min_actors: int = Field(1, ge=1, description="caption actors to start with")
     max_actors: int | None = Field(None, ge=1, description="caption actors at most (none: all that fit)")
     threads: int = Field(1, ge=1, description="torch threads of an actor on the CPU")
-    batch_size: int | None = Field(None, ge=1, description="frames per batch (none: 512 GPU, 64 CPU)")
+    batch_size: int | None = Field(None, ge=1, description="frames per batch (none: 1024 GPU, 64 CPU)")
     decode: Literal["exact", "fast"] = Field("exact", description="exact pixels, or the JPEG decoder's scaling")
     max_pixels: int = Field(178_956_970, ge=1, description="larger pictures are refused")
     fetch_threads: int = Field(8, ge=1, description="parallel fetches of image_uri per reader")
