@@ -176,11 +176,18 @@ class Captioner:
         """
         if not len(pixels):
             return []
-        options = self._with_stop(options or DecodeOptions())
+        options = options or DecodeOptions()
+        seeds = seeds if seeds is not None else [frame_seed(frame, options.seed) for frame in pixels]
+        return self.caption_features(self.features(pixels), options, seeds, similarity)
+
+    @torch.inference_mode()
+    def caption_features(
+        self, features: ImageFeatures, options: DecodeOptions, seeds: Sequence[int], similarity: bool = True
+    ) -> list[Caption]:
+        """Captions of frames that ``features`` has encoded, a seed for each; see ``caption_pixels``."""
+        options = self._with_stop(options)
         if options.rerank and not self.encoder.has_text:
             raise SettingsError("rerank needs a ruCLIP with a text tower; this captioner's encoder has none")
-        seeds = seeds if seeds is not None else [frame_seed(frame, options.seed) for frame in pixels]
-        features = self.features(pixels)
         prefix, memory = self.bridge(features)
         candidates = self._generator.generate(prefix, memory, options, list(seeds))
         return self._captions(candidates, features.pooled, options, similarity)

@@ -57,6 +57,16 @@ class ImageFeatures:
     pooled: Tensor
     patches: Tensor
 
+    def split(self) -> list[ImageFeatures]:
+        """Each frame's own, N = 1, as views."""
+        frames = range(len(self.pooled))
+        return [ImageFeatures(self.pooled[n : n + 1], self.patches[n : n + 1]) for n in frames]
+
+    @classmethod
+    def join(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Those of several batches as one."""
+        return cls(torch.cat([part.pooled for part in parts]), torch.cat([part.patches for part in parts]))
+
 
 class RuClip(nn.Module):
     """Both towers, or the image tower alone (``has_text`` is False then).

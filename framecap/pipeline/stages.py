@@ -12,8 +12,9 @@ import pickle
 import time
 from collections import Counter as Tally
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from framecap.errors import FrameError
 from framecap.model.captioner import DECIMALS, Caption, Captioner
 from framecap.model.images import Pixels
+from framecap.model.ruclip import ImageFeatures
 from framecap.pipeline.fragments import write_fragment
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions, ChunkRecord
@@ -30,7 +32,16 @@ from framecap.schema import EMBEDDING_COLUMN, REUSED_IDENTICAL, REUSED_SIMILAR, 
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 20_000  # captions an actor keeps for frames with the same bytes
+_T = TypeVar("_T")
 RECORD_SCHEMA = pa.schema([("record", pa.binary())])
+
+
+class _Captioned(NamedTuple):
+    """Row by row: the caption, why it was not made for this row if it was not, float16 [D] of the frame."""
+
+    captions: list[Caption]
+    reused: list[str | None]
+    embeddings: list[np.ndarray | None]
 
 
 class CaptionActor:
@@ -58,8 +69,7 @@ class CaptionActor:
     def _caption_chunk(self, frames: ChunkFrames, pixels: Pixels) -> ChunkRecord:
         begun, encoded_before = time.perf_counter(), self._captioner.encode_seconds
         waited = begun - self._idle_since
-        captions, reused = self._captions(frames, pixels)
-        embeddings = self._embeddings(frames, pixels)
+        captions, reused, embeddings = self._captions(frames, pixels)
         captioned, encode = time.perf_counter(), self._captioner.encode_seconds - encoded_before
         pieces = tuple(piece for piece in frames.pieces if piece.shard not in frames.failed)
         name = ""
@@ -87,98 +97,112 @@ class CaptionActor:
         self._metrics.observe(record, frames.rows() / self._options.batch_size)
         return record
 
-    def _captions(self, frames: ChunkFrames, pixels: Pixels) -> tuple[list[Caption], list[str | None]]:
-        """One caption per row, and why it was not made for this row if it was not."""
+    def _captions(self, frames: ChunkFrames, pixels: Pixels) -> _Captioned:
         first_row: dict[int, int] = {}
         for row, slot in enumerate(frames.slots):
             if slot >= 0:
                 first_row.setdefault(slot, row)
-        made: dict[int, Caption] = {}
-        marks: dict[int, str] = {}
-        if self._options.share_identical and self._options.reuse_similarity is None:
-            for slot in first_row:
-                if (known := self._remembered.get(frames.digests[slot])) is not None:
-                    made[slot], marks[slot] = known, REUSED_IDENTICAL
-                    self._remembered.move_to_end(frames.digests[slot])
-        threshold, followers = self._options.reuse_similarity, {}
+        threshold, embeds = self._options.reuse_similarity, self._options.embedding_size is not None
+        made = self._known(frames, first_row) if threshold is None else {}
+        marks = dict.fromkeys(made, REUSED_IDENTICAL)
+        encoded = self._encode(pixels, [slot for slot in first_row if embeds or slot not in made])
+        features = {slot: found for slot, found in encoded.items() if isinstance(found, ImageFeatures)}
+        made = {slot: found for slot, found in encoded.items() if isinstance(found, Caption)} | made
+        embeddings = _unit(features) if embeds or threshold is not None else {}
+        followers: dict[int, int] = {}
         if threshold is not None:
-            embeddings = self.embed(pixels)
-            followers = similar_frames(frames, first_row, embeddings, threshold)
+            encoded_rows = {slot: first_row[slot] for slot in features}
+            followers = similar_frames(frames, encoded_rows, embeddings, threshold)
 
         def ask(slots: list[int]) -> None:
-            answers = self.caption_rows(pixels[slots], [frames.seeds[first_row[slot]] for slot in slots])
-            made.update(zip(slots, answers, strict=True))
-            self._remember(frames, slots, answers)
+            seeds = {slot: frames.seeds[first_row[slot]] for slot in slots}
+            answers = self._caption(features, seeds)
+            made.update(answers)
+            self._remember(frames, answers)
 
-        ask([slot for slot in first_row if slot not in made and slot not in followers])
+        ask([slot for slot in features if slot not in made and slot not in followers])
         # What broke one frame need not break those near it.
-        alone = [slot for slot, leader in followers.items() if made[leader].status == "error"]
-        ask(alone)
-        followers = {slot: leader for slot, leader in followers.items() if slot not in alone}
+        left_alone = {slot for slot, leader in followers.items() if made[leader].status == "error"}
+        ask(sorted(left_alone))
+        followers = {slot: leader for slot, leader in followers.items() if slot not in left_alone}
         if followers:
-            shared = self._shared(followers, made, embeddings)
-            made.update(shared)
-            marks.update(dict.fromkeys(shared, REUSED_SIMILAR))
-        captions = [
-            made[slot] if slot >= 0 else Caption("", status="error", error=frames.errors[row])
-            for row, slot in enumerate(frames.slots)
-        ]
-        reused = [
-            None if slot < 0 else marks.get(slot) or (REUSED_IDENTICAL if first_row[slot] != row else None)
-            for row, slot in enumerate(frames.slots)
-        ]
-        return captions, reused
+            made.update(self._shared(followers, made, embeddings))
+        marks.update(dict.fromkeys(followers, REUSED_SIMILAR))
+        return _Captioned(
+            [
+                made[slot] if slot >= 0 else Caption("", status="error", error=frames.errors[row])
+                for row, slot in enumerate(frames.slots)
+            ],
+            [
+                None if slot < 0 else marks.get(slot) or (REUSED_IDENTICAL if first_row[slot] != row else None)
+                for row, slot in enumerate(frames.slots)
+            ],
+            [embeddings[slot].astype(np.float16) if slot in embeddings else None for slot in frames.slots],
+        )
 
-    def _shared(
-        self, followers: dict[int, int], made: dict[int, Caption], embeddings: np.ndarray
-    ) -> dict[int, Caption]:
-        """The caption of each follower's leader, with the follower's own similarity to it."""
-        slots = list(followers)
-        captions = [made[followers[slot]] for slot in slots]
-        if not (self._options.similarity and self._captioner.encoder.has_text):
-            return dict(zip(slots, captions, strict=True))
-        texts = self._captioner.embed_texts([caption.text for caption in captions])
-        cosines = (embeddings[slots] * texts).sum(axis=1).tolist()
-        return {
-            slot: replace(caption, similarity=round(cosine, DECIMALS))
-            for slot, caption, cosine in zip(slots, captions, cosines, strict=True)
-        }
+    def _known(self, frames: ChunkFrames, slots: Iterable[int]) -> dict[int, Caption]:
+        """Captions of frames with the same bytes, made before."""
+        known = {}
+        if self._options.share_identical:
+            for slot in slots:
+                if (caption := self._remembered.get(frames.digests[slot])) is not None:
+                    known[slot] = caption
+                    self._remembered.move_to_end(frames.digests[slot])
+        return known
 
-    def _remember(self, frames: ChunkFrames, slots: list[int], captions: Sequence[Caption]) -> None:
+    def _remember(self, frames: ChunkFrames, captions: Mapping[int, Caption]) -> None:
         if not self._options.share_identical or self._options.reuse_similarity is not None:
             return
-        for slot, caption in zip(slots, captions, strict=True):
+        for slot, caption in captions.items():
             if caption.status != "error":
                 self._remembered[frames.digests[slot]] = caption
         while len(self._remembered) > _REMEMBERED:
             self._remembered.popitem(last=False)
 
-    def embed(self, pixels: Pixels) -> np.ndarray:
-        """uint8 [N, R, R, 3] → float32 [N, D], L2-normalised."""
-        parts, rows = [], self._rows
-        for start in range(0, len(pixels), rows):
-            pooled = self._captioner.features(pixels[start : start + rows]).pooled.float()
-            parts.append(torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy())
-        return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+    def _encode(self, pixels: Pixels, slots: list[int]) -> dict[int, ImageFeatures | Caption]:
+        """Features of each of ``slots``, N = 1; an error caption for one that cannot be encoded."""
+        return self._halve(slots, lambda part: self._captioner.features(pixels[part]).split())
 
-    def _embeddings(self, frames: ChunkFrames, pixels: Pixels) -> list[np.ndarray | None] | None:
-        if self._options.embedding_size is None:
-            return None
-        embedded = self.embed(pixels).astype(np.float16)
-        return [embedded[slot] if slot >= 0 else None for slot in frames.slots]
+    def _caption(self, features: Mapping[int, ImageFeatures], seeds: Mapping[int, int]) -> dict[int, Caption]:
+        """Captions of the slots that have a seed, from their features."""
 
-    def caption_rows(self, pixels: Pixels, seeds: Sequence[int]) -> list[Caption]:
-        """Captions of uint8 [N, R, R, 3]; whatever breaks a batch costs only the frame that did it."""
-        captions: list[Caption] = []
-        while len(captions) < len(pixels):
-            part = slice(len(captions), len(captions) + self._rows)
-            captions += self._attempt(pixels[part], seeds[part])
-        return captions
+        def work(slots: list[int]) -> list[Caption]:
+            joined = ImageFeatures.join([features[slot] for slot in slots])
+            options = self._options
+            own = [seeds[slot] for slot in slots]
+            return self._captioner.caption_features(joined, options.decode, own, options.similarity)
 
-    def _attempt(self, pixels: Pixels, seeds: Sequence[int]) -> list[Caption]:
-        options = self._options
+        return self._halve(list(seeds), work)
+
+    def _shared(
+        self, followers: dict[int, int], made: dict[int, Caption], embeddings: Mapping[int, np.ndarray]
+    ) -> dict[int, Caption]:
+        """The caption of each follower's leader, with the follower's own similarity to it."""
+        if not (self._options.similarity and self._captioner.encoder.has_text):
+            return {slot: made[leader] for slot, leader in followers.items()}
+
+        def work(slots: list[int]) -> list[Caption]:
+            captions = [made[followers[slot]] for slot in slots]
+            texts = self._captioner.embed_texts([caption.text for caption in captions])
+            cosines = (np.stack([embeddings[slot] for slot in slots]) * texts).sum(axis=1).tolist()
+            return [
+                replace(caption, similarity=round(cosine, DECIMALS))
+                for caption, cosine in zip(captions, cosines, strict=True)
+            ]
+
+        return self._halve(list(followers), work)
+
+    def _halve(self, slots: list[int], work: Callable[[list[int]], Sequence[_T]]) -> dict[int, _T | Caption]:
+        """What ``work`` gives for each slot, a batch at a time; whatever breaks a batch costs only the frame that
+        did it, which gets an error caption."""
+        found: list[_T | Caption] = []
+        while len(found) < len(slots):
+            found += self._attempt(slots[len(found) : len(found) + self._rows], work)
+        return dict(zip(slots, found, strict=True))
+
+    def _attempt(self, slots: list[int], work: Callable[[list[int]], Sequence[_T]]) -> list[_T | Caption]:
         try:
-            return self._captioner.caption_pixels(pixels, options.decode, list(seeds), options.similarity)
+            return list(work(slots))
         except Exception as error:  # halved until the frame at fault stands alone
             if _is_device_lost(error):
                 # An exception would end the whole run; a dead actor costs its batch and is replaced.
@@ -186,24 +210,32 @@ class CaptionActor:
                 logging.shutdown()
                 os._exit(1)
             out_of_memory = _is_out_of_memory(error)
-            log.warning("a batch of %d failed (%s); halving it", len(pixels), error)
-            if len(pixels) == 1:
+            log.warning("a batch of %d failed (%s); halving it", len(slots), error)
+            if len(slots) == 1:
                 cause = "out of memory" if out_of_memory else type(error).__name__
                 return [Caption.failed(FrameError("model", f"{cause}: {str(error)[:200]}"))]
-        middle = len(pixels) // 2
+        middle = len(slots) // 2
         if out_of_memory:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._rows = max(1, min(self._rows, middle))
-        return self._attempt(pixels[:middle], seeds[:middle]) + self._attempt(pixels[middle:], seeds[middle:])
+        return self._attempt(slots[:middle], work) + self._attempt(slots[middle:], work)
+
+
+def _unit(features: Mapping[int, ImageFeatures]) -> dict[int, np.ndarray]:
+    """L2-normalised float32 [D] of each slot."""
+    if not features:
+        return {}
+    pooled = ImageFeatures.join(list(features.values())).pooled.float()
+    return dict(zip(features, torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy(), strict=True))
 
 
 def similar_frames(
-    frames: ChunkFrames, first_row: dict[int, int], embeddings: np.ndarray, threshold: float
+    frames: ChunkFrames, first_row: dict[int, int], embeddings: Mapping[int, np.ndarray], threshold: float
 ) -> dict[int, int]:
     """slot → the slot whose caption it may share: the last frame of its group that gets one of its own.
 
-    ``first_row``: slot → row; ``embeddings``: float32 [slots, D], L2-normalised.
+    ``first_row``: slot → row; ``embeddings``: slot → float32 [D], L2-normalised.
     """
     followers: dict[int, int] = {}
     leaders: dict[str, int] = {}
@@ -232,7 +264,7 @@ def captions_table(
     captions: Sequence[Caption],
     reused: Sequence[str | None],
     options: ActorOptions,
-    embeddings: list[np.ndarray | None] | None,
+    embeddings: Sequence[np.ndarray | None] = (),
 ) -> pa.Table:
     """Captions as the columns of ``caption_schema``."""
     candidates = options.decode.num_return_sequences > 1
@@ -250,7 +282,7 @@ def captions_table(
     }
     if candidates:
         columns["caption_candidates"] = [list(c.candidates) or None for c in captions]
-    if embeddings is not None:
+    if options.embedding_size is not None:
         columns[EMBEDDING_COLUMN] = list(embeddings)
     return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
 
