@@ -215,6 +215,18 @@ def test_long_texts_are_cut_to_the_context(model: RuClip) -> None:
     assert row[-1] == 3
 
 
+def test_texts_of_all_lengths_are_read_to_their_ends_and_keep_their_order(model: RuClip) -> None:
+    ids = model.tokenize(["слово " * count for count in (1, 40, 8, 200, 3)])
+    assert model.text is not None
+    states = model.text.text_model(input_ids=ids).last_hidden_state
+    ends = (ids == 3).int().argmax(dim=1)
+    assert len({int(end) // 16 for end in ends}) > 2, "several buckets"
+    whole = model.text.text_projection(states[torch.arange(len(ids)), ends])
+    torch.testing.assert_close(model.encode_text(ids), whole, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([model.encode_text(row[None]) for row in ids])
+    torch.testing.assert_close(model.encode_text(ids), alone, atol=1e-5, rtol=1e-5)
+
+
 def test_ids_without_an_eos_are_refused(model: RuClip) -> None:
     with pytest.raises(CaptionerError, match="<eos>"):
         model.encode_text(torch.tensor([[2, 5, 3], [2, 5, 6]]))

@@ -46,6 +46,7 @@ from framecap.model.yttm import YttmTokenizer, save_yttm
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "bpe.model"
 # ruclip/processor.py fixes these whatever the last line of bpe.model says.
+TEXT_BUCKET = 16  # tokens; texts are read up to a multiple of it
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 
 
@@ -173,16 +174,26 @@ class RuClip(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """int64 [N, L] → [N, embed_dim], not normalised: the state at ``<eos>``, projected, as ``ruclip``.
-        Raises CaptionerError without a text tower, and for a row without ``<eos>``."""
+
+        The tower is causal, so what follows ``<eos>`` is cut off (to a length that depends on the row alone): a
+        caption costs what it is long, not 77 tokens. Raises CaptionerError without a text tower, and for a row
+        without ``<eos>``.
+        """
         if self.text is None:
             raise _no_text_tower()
-        ids = ids.to(self.device)
         is_eos = ids == EOS_ID
         if not is_eos.any(dim=1).all():
             raise CaptionerError(f"every row of ids needs an <eos> ({EOS_ID}); use tokenize().")
         at_eos = is_eos.int().argmax(dim=1)
-        states = self.text.text_model(input_ids=ids).last_hidden_state
-        return self.text.text_projection(states[torch.arange(len(ids), device=self.device), at_eos])
+        needed = (at_eos // TEXT_BUCKET + 1) * TEXT_BUCKET
+        order, embeds = [], []
+        for length in needed.unique().tolist():
+            rows = (needed == length).nonzero()[:, 0]
+            states = self.text.text_model(input_ids=ids[rows, :length].to(self.device)).last_hidden_state
+            ends = states[torch.arange(len(rows), device=self.device), at_eos[rows].to(self.device)]
+            order.append(rows)
+            embeds.append(self.text.text_projection(ends))
+        return torch.cat(embeds)[torch.cat(order).argsort().to(self.device)]
 
     def published_state(self) -> dict[str, Tensor]:
         """All weights under the names and in the shapes of the published checkpoints."""
