@@ -46,7 +46,7 @@ from framecap.model.yttm import YttmTokenizer, save_yttm
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "bpe.model"
 # ruclip/processor.py fixes these whatever the last line of bpe.model says.
-TEXT_BUCKET = 16  # tokens; texts are read up to a multiple of it
+TEXT_BUCKET = 8  # tokens; texts are read up to a multiple of it
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 
 
