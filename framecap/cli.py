@@ -76,7 +76,7 @@ def _describe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--captioner", help="captioner directory or URI (default: $FRAMECAP_CAPTIONER, else bundled)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8 (default: auto)")
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams; 1 is greedy (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest caption (default: 40)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image, with all scores")

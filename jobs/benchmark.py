@@ -29,6 +29,7 @@ from framecap.bench.table import as_json, format_sizing, format_table, sizing
 from framecap.errors import FramecapError, SettingsError
 from framecap.model.captioner import DTYPES, Captioner, choose_device, choose_dtype
 
+FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_floating_point]
 DEFAULT_STAGES = "decode,encode,generate,captioner"
 KNOWN_STAGES = (*STAGES, "job")
 # Frames, batches, frames of beam search, frames of ClipCap's loop, frames of the smaller memory run.
@@ -57,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, metavar="N", help="torch threads on the CPU (default: %(default)s)")
     add("--clock", default="wall", choices=CLOCKS, help="cpu: CPU seconds, for a machine in use (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: float16 on a GPU, else float32")
+    add("--dtype", default="auto", choices=("auto", *FLOATS), help="auto: float16 on a GPU, else float32")
     add("--seed", type=int, default=0, help="of weights, frames and lengths (default: %(default)s)")
     add("--json", metavar="FILE", help="write everything measured to FILE as JSON")
     return parser.parse_args(argv)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framecap.model import packed
-from framecap.model.packed import PackedLinear, pack_linears
+from framecap.model.packed import PackedLinear, pack_linears, use_eight_bits
 
 SIZE = 512  # large enough to be packed
 
@@ -32,6 +32,37 @@ def test_a_packed_layer_gives_what_a_plain_one_gives(layer: PackedLinear, shape:
     x = torch.randn(shape)
     torch.testing.assert_close(layer(x), plain(layer, x), atol=1e-5, rtol=0)
     assert layer._weight._packed is not None
+
+
+@pytest.mark.parametrize("shape", [(1, SIZE), (37, SIZE), (3, 5, SIZE), (0, SIZE)], ids=str)
+@torch.inference_mode()
+def test_in_eight_bits_a_layer_gives_the_rounded_product(layer: PackedLinear, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    use_eight_bits(layer)
+    found = layer(x)
+    torch.testing.assert_close(found, plain(layer, x), atol=0.03, rtol=0)
+    steps = x.abs().amax(-1, keepdim=True) / 127
+    scales = layer.weight.abs().amax(1) / 127
+    whole = (x / steps).round().double() @ (layer.weight / scales[:, None]).round().double().T
+    torch.testing.assert_close(found.double(), whole * steps * scales + layer.bias, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_in_eight_bits_no_row_depends_on_another(layer: PackedLinear) -> None:
+    use_eight_bits(layer)
+    x = torch.randn(9, SIZE) * torch.logspace(-3, 3, 9)[:, None]
+    assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
+
+
+def test_eight_bits_may_be_asked_for_late_and_are_kept_by_copies(layer: PackedLinear) -> None:
+    x = torch.randn(4, SIZE)
+    with torch.inference_mode():
+        exact = layer(x)
+        use_eight_bits(layer)
+        assert not torch.equal(layer(x), exact)
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None, "training has the exact weights"
 
 
 def test_a_weight_that_changes_is_packed_again(layer: PackedLinear) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,10 @@ from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import FrameBatch, Generator, generate_stream
 from framecap.model.images import Decode, crop_and_resize, normalise
+from framecap.model.packed import use_eight_bits
 from framecap.model.ruclip import ImageFeatures
 
+EIGHT_BITS = "framecap, int8 weights"
 DECODES: tuple[Decode, Decode] = ("exact", "fast")
 
 
@@ -67,6 +70,16 @@ class Bench:
         return make_frames(count, SIZES[size], self.options.folder, self.options.seed)
 
     @functools.cached_property
+    def eight_bits(self) -> Captioner | None:
+        """The same captioner with int8 weights, where that is possible."""
+        if self.options.device.type != "cpu" or self.options.dtype is not torch.float32:
+            return None
+        captioner = copy.deepcopy(self.captioner)
+        use_eight_bits(captioner.encoder)
+        use_eight_bits(captioner.decoder)
+        return captioner
+
+    @functools.cached_property
     def gpt2(self) -> Any:
         return peers.gpt2(self.decoder)
 
@@ -96,9 +109,12 @@ class Bench:
 
     def ours(self, prefixes: Tensor, beams: int, max_rows: int | None = None) -> list[list[int]]:
         """Token ids by framecap, at most ``max_rows`` sequences at a time (None: its own choice)."""
+        return self.tokens(self.generator(max_rows), prefixes, beams)
+
+    def tokens(self, generator: Generator, prefixes: Tensor, beams: int) -> list[list[int]]:
+        """Token ids of each prefix's caption."""
         options = DecodeOptions(num_beams=beams, max_new_tokens=self.options.max_new_tokens)
-        found = self.generator(max_rows).generate(prefixes, None, options)
-        return [candidates[0].tokens for candidates in found]
+        return [candidates[0].tokens for candidates in generator.generate(prefixes, None, options)]
 
     @functools.cache  # noqa: B019 (see above): it keeps its CUDA graphs from one round to the next
     def generator(self, max_rows: int | None) -> Generator:
@@ -170,6 +186,8 @@ def encode_stage(bench: Bench) -> list[Row]:
         Contestant("framecap", count, lambda: bench.captioner.features(pixels), False),
         Contestant("transformers CLIP (SDPA)", count, theirs),
     ]
+    if (eight_bits := bench.eight_bits) is not None:
+        contestants.append(Contestant(EIGHT_BITS, count, lambda: eight_bits.features(pixels), False))
     return bench.ceilings.mark(bench.watch.compare(f"encode, batch {options.batch}", contestants), work)
 
 
@@ -203,6 +221,9 @@ def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int
     for cache in ("dynamic", "static") if options.static_cache else ("dynamic",):
         name = f"transformers.generate, {cache} cache"
         contestants.append(Contestant(name, count, functools.partial(theirs, cache), result=list))
+    if bench.eight_bits is not None and batch == options.batch:
+        rounded = functools.partial(bench.tokens, Generator(bench.eight_bits.decoder), prefixes, beams)
+        contestants.append(Contestant(EIGHT_BITS, count, rounded, False, list))
     if few:
         loop = functools.partial(peers.clipcap_generate, bench.gpt2, prefixes[few], limit)
         contestants.append(Contestant("ClipCap's loop", len(few), loop, result=list, subset=few))
@@ -229,9 +250,9 @@ def captioner_stage(bench: Bench) -> list[Row]:
         pooled = peers.clip_features(bench.clip, values.to(options.device), batch)
         return bench.bridge(ImageFeatures(pooled, pooled[:, None]))
 
-    def ours() -> list[str]:
+    def ours(captioner: Captioner) -> list[str]:
         pixels = np.stack(_crop(bench, frames, "exact"))
-        return [caption.text for caption in bench.captioner.caption_pixels(pixels, greedy, similarity=False)]
+        return [caption.text for caption in captioner.caption_pixels(pixels, greedy, similarity=False)]
 
     def theirs() -> list[str]:
         tokens: list[list[int]] = []
@@ -248,10 +269,13 @@ def captioner_stage(bench: Bench) -> list[Row]:
         return found
 
     contestants = [
-        Contestant("framecap", count, ours, False, result=list),
+        Contestant("framecap", count, functools.partial(ours, bench.captioner), False, result=list),
         Contestant("Pillow + transformers CLIP + generate", count, theirs, result=list),
         Contestant("ClipCap's script", len(few), script, result=list, subset=few),
     ]
+    if bench.eight_bits is not None:
+        rounded = functools.partial(ours, bench.eight_bits)
+        contestants.append(Contestant(EIGHT_BITS, count, rounded, False, result=list))
     return bench.watch.compare(f"captioner, batch {options.batch}", contestants)
 
 

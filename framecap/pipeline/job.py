@@ -194,9 +194,11 @@ def _deciding(settings: CaptionSettings, decode: DecodeOptions) -> dict[str, obj
     columns = ["id_column", "image_column", "image_uri_column"]
     if settings.reuse_similarity is not None:
         columns.append("video_column")
-    blocks = {} if settings.reuse_similarity is None else {"reuse_rows": REUSE_ROWS}
+    special: dict[str, object] = {} if settings.reuse_similarity is None else {"reuse_rows": REUSE_ROWS}
+    if settings.dtype == "int8":  # the others give the same captions, to rounding
+        special["dtype"] = "int8"
     return {
-        **blocks,
+        **special,
         "schema": SCHEMA_VERSION,
         "image_transform": IMAGE_TRANSFORM_VERSION,
         "decode_options": decode.to_dict(),

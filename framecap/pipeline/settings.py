@@ -45,8 +45,8 @@ class CaptionSettings(JobSettings):
     rerank: bool = Field(False, description="choose among the candidates by similarity")
 
     device: str = Field("auto", description="auto, cpu or cuda")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="auto (fp16 on a GPU, else fp32), float16, bfloat16, float32"
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "int8"] = Field(
+        "auto", description="auto (fp16 on a GPU, else fp32), float16, bfloat16, float32, int8 (weights; CPU only)"
     )
     num_gpus: float | None = Field(None, ge=0, description="GPUs per actor, may be a fraction (none: auto)")
     num_cpus: float | None = Field(None, gt=0, description="CPUs per actor (none: 1 with a GPU, else 0.75)")
