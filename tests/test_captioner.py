@@ -28,8 +28,10 @@ from framecap.errors import (
     UnsafePickleError,
     WeightsError,
 )
+from framecap.model.captioner import choose_device, choose_dtype
 from framecap.model.captioner_config import check_options
 from framecap.model.convert import write_manifest
+from framecap.model.ruclip import ImageFeatures
 
 STRATEGIES = {
     "greedy": DecodeOptions(max_new_tokens=12),
@@ -261,3 +263,37 @@ def test_options_that_a_captioner_cannot_serve_are_refused_before_its_weights_ar
     check_options(tiny_captioner_dir, DecodeOptions(max_new_tokens=200, rerank=True))
     with pytest.raises(PositionLimitError, match="250"):
         check_options(tiny_captioner_dir, DecodeOptions(max_new_tokens=250))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_frame_that_overflows_is_an_error_of_its_own(
+    captioner: Captioner, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [jpeg(seed) for seed in range(6)]
+    expected = captioner.caption(frames, STRATEGIES[strategy])
+    encode = captioner.features
+
+    def overflowing(pixels: np.ndarray) -> ImageFeatures:
+        features = encode(pixels)
+        features.pooled[2] = float("inf")
+        return features
+
+    monkeypatch.setattr(captioner, "features", overflowing)
+    found = captioner.caption(frames, STRATEGIES[strategy])
+    assert (found[2].status, found[2].text, found[2].logprob) == ("error", "", None)
+    assert (found[2].error or "").startswith("model: the decoder's logits are not finite")
+    assert [c for row, c in enumerate(found) if row != 2] == [c for row, c in enumerate(expected) if row != 2]
+
+
+def test_a_second_gpu_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SettingsError, match="set CUDA_VISIBLE_DEVICES=1 and use cuda"):
+        choose_device("cuda:1")
+
+
+def test_eight_bits_are_for_the_cpu(captioner: Captioner, tiny_captioner_dir: Path) -> None:
+    with pytest.raises(SettingsError, match="dtype int8 is for the CPU"):
+        choose_dtype("int8", torch.device("cuda"))
+    rounded = Captioner.from_pretrained(tiny_captioner_dir, "cpu", "int8")
+    assert rounded.encoder.dtype is rounded.decoder.dtype is torch.float32
+    assert [c.status for c in rounded.caption([jpeg(1)])] == [c.status for c in captioner.caption([jpeg(1)])]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from framecap.model import step as step_module
 from framecap.model.beam import BeamSearch
@@ -47,13 +50,54 @@ class Tape:
         return run
 
 
-class NoHostReads(TorchDispatchMode):
-    """Fails where a step reads a value on the host, or makes a tensor whose shape follows from values."""
+class OnlyOnTheDevice(TorchDispatchMode):
+    """Fails where a tensor has values, when all that a step should touch are on the meta device: where it reads one
+    on the host, sends one over, or makes one whose shape follows from values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), name
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, made)):
+            assert not isinstance(leaf, torch.Tensor) or leaf.is_meta, func
+        return made
+
+
+class Operations(TorchDispatchMode):
+    """Notes each operation with the tensors it read and made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        self.noted.append((func, args, kwargs or {}, made))
+        return made
+
+
+@dataclass
+class OperationTape(Tape):
+    """Replays the very operations that were captured, on the same tensors, as a CUDA graph does: whatever Python
+    worked out at capture stays as it was."""
+
+    def capture(self, run: Any) -> Callable[[], None]:
+        _, cache, search, *_ = run.args
+        blocks = [block for layer in cache.layers for block in (layer.keys, layer.values)]
+        kept = [*search.state(), *blocks]
+        before = [tensor.clone() for tensor in kept]
+        with Operations() as operations:
+            run()
+        for tensor, values in zip(kept, before, strict=True):  # a capture does not run
+            tensor.copy_(values)
+
+        def replay() -> None:
+            for func, args, keywords, made in operations.noted:
+                again = func(*args, **keywords)
+                for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+        self.captured.append(replay)
+        return replay
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +119,23 @@ def prepared(decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float])
     """A search whose first 30 of 48 slots have read their prefix, and its step."""
     options = DecodeOptions.from_dict(strategy | {"max_new_tokens": NEW})
     kind = BeamSearch if options.num_beams > 1 else Stepwise
-    search: Search = kind(SLOTS, options, StopRule(None, 84, (), 97, CPU), CPU)
+    search: Search = kind(SLOTS, options, StopRule(None, 84, (), 97, decoder.device), decoder.device)
     cache = decoder.new_cache(SLOTS, 5 + NEW * search.beams)
     rows = slice(0, 30)
-    search.admit(rows, [(row, 0) for row in range(30)])
-    search.advance(decoder.prefill(prefixes[rows], None, cache, 0)[:, None], rows)
+    if not prefixes.is_meta:
+        search.admit(rows, [(row, 0) for row in range(30)])
+    search.advance(decoder.prefill(prefixes[rows], None, cache, 0)[:, None].float(), rows)
     return search, lambda size, tokens: decode_step(decoder, cache, search, 5, size, tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 @torch.inference_mode()
-def test_a_step_reads_nothing_on_the_host(decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float]) -> None:
-    search, step = prepared(decoder, prefixes, strategy)
+def test_a_step_neither_asks_nor_tells_the_host(strategy: dict[str, float], dtype: torch.dtype) -> None:
+    decoder = RuGpt.from_config(RuGptConfig(97, 64, 32, 2, 4, eos_token_id=84)).to("meta", dtype)
+    search, step = prepared(decoder, torch.empty(30, 5, 32, device="meta", dtype=dtype), strategy)
     assert not search.asks_host
-    with NoHostReads():
+    with OnlyOnTheDevice():
         for _ in range(3):
             step(32, 16)
 
@@ -119,6 +166,56 @@ def test_shapes_are_few_and_waste_at_most_a_third() -> None:
     assert {shapes.tokens_for(steps, 40) for steps in range(1, 45)} == {16, 32, 40}
     assert Shapes.static(20).rows == (16, 20)
     assert Shapes().rows_for(13) == 13
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_replaying_the_captured_operations_gives_the_same_captions(
+    decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float]
+) -> None:
+    options, seeds = DecodeOptions.from_dict(strategy | {"max_new_tokens": NEW}), list(range(100))
+    expected = Generator(decoder).generate(prefixes, None, options, seeds)
+    tape = OperationTape()
+    generator = Generator(decoder, SLOTS, static=True, recorder=lambda: tape)
+    for _ in range(2):
+        found = generator.generate(prefixes, None, options, seeds)
+        assert [c.tokens for [c] in found] == [c.tokens for [c] in expected]
+    assert len(tape.captured) > 1
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["exact", "static"])
+@pytest.mark.parametrize("spoilt_by", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_frame_that_is_not_finite_spoils_no_other_one(
+    decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float], spoilt_by: float, static: bool
+) -> None:
+    options, seeds = DecodeOptions.from_dict(strategy | {"max_new_tokens": NEW}), list(range(100))
+    expected = [c.tokens for [c] in Generator(decoder).generate(prefixes, None, options, seeds)]
+    spoilt = prefixes.clone()
+    spoilt[::9, 2, 7] = spoilt_by
+    generator = Generator(decoder, SLOTS, static=static)
+    found = [candidate for [candidate] in generator.generate(spoilt, None, options, seeds)]
+    assert [frame for frame, candidate in enumerate(found) if candidate.is_spoilt] == list(range(0, 100, 9))
+    assert all(c.is_spoilt or c.tokens == tokens for c, tokens in zip(found, expected, strict=True))
+    again = generator.generate(prefixes, None, options, seeds)
+    assert [c.tokens for [c] in again] == expected, "nothing of it is left in the kept slots"
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["exact", "static"])
+@pytest.mark.parametrize("strategy", STRATEGIES[:-1], ids=str)  # all searches go on to the end
+def test_a_caption_that_overflows_half_way_spoils_no_other_one(
+    decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float], static: bool
+) -> None:
+    options, seeds = DecodeOptions.from_dict(strategy | {"max_new_tokens": NEW}), list(range(100))
+    expected = [c.tokens for [c] in Generator(decoder).generate(prefixes, None, options, seeds)]
+    overflowing = copy.deepcopy(decoder)
+    with torch.no_grad():
+        overflowing.wpe.weight[5 + 9] = float("nan")  # read with the tenth token
+    generator = Generator(overflowing, SLOTS, static=static)
+    for _ in range(2):
+        found = [candidate for [candidate] in generator.generate(prefixes, None, options, seeds)]
+        assert 3 < sum(candidate.is_spoilt for candidate in found) < 97
+        assert all(c.is_spoilt or c.tokens == tokens for c, tokens in zip(found, expected, strict=True))
+        assert not any(c.is_spoilt for c, tokens in zip(found, expected, strict=True) if len(tokens) < 10)
 
 
 def test_each_shape_is_captured_once_and_the_captions_are_the_same(decoder: RuGpt, prefixes: torch.Tensor) -> None:
@@ -161,7 +258,7 @@ def test_where_capturing_fails_captions_are_the_same_and_one_warning_says_so(
     assert warning.endswith("operation not permitted when stream is capturing")
 
 
-def test_no_more_shapes_are_captured_than_allowed() -> None:
+def test_no_more_shapes_are_captured_than_allowed_and_one_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
     tape, ran = Tape(), []
     step = GraphedStep(lambda rows, tokens: ran.append((rows, tokens)), tape)
     shapes = [(rows, 16) for rows in range(step_module.MOST_GRAPHS + 5)]
@@ -170,3 +267,6 @@ def test_no_more_shapes_are_captured_than_allowed() -> None:
             step(*shape)
     assert len(tape.captured) == step_module.MOST_GRAPHS
     assert ran == 2 * shapes
+    assert [record.message for record in caplog.records] == [
+        "64 shapes of a decoding step are captured; others run slower"
+    ]

@@ -69,7 +69,7 @@ class BeamSearch:
         ended = self._ended(token, tokens, rows)
         self._keep_running(totals + ended * _NEVER, beam, tokens, logprobs, rows)
         self._keep_finished(totals, ended, tokens, logprobs, rows)
-        improves = self._can_improve(rows) & ~ended.all(dim=1) & going_on
+        improves = self._can_improve(rows) & ~ended.all(dim=1) & going_on & ~self.scores[rows, 0].isnan()
         self.flags[rows] = torch.where(improves, 0, FINISHED)
 
     def _store(self, target: Tensor, rows: slice, values: Tensor) -> None:
@@ -155,11 +155,14 @@ class BeamSearch:
 
     def collect(self, rows: Tensor) -> tuple[Tensor, ...]:
         """What ``candidates`` needs of the slots int64 [n]."""
-        return self.done_tokens[rows], self.done_logprobs[rows], self.done_scores[rows], self.done_lengths[rows]
+        spoilt = self.scores[rows, 0].isnan()
+        return self.done_tokens[rows], self.done_logprobs[rows], self.done_scores[rows], self.done_lengths[rows], spoilt
 
     def candidates(self, collected: tuple[Tensor, ...], place: int, length: int | None) -> list[Candidate]:
         """The ``num_return_sequences`` best finished captions at ``place`` of what was collected, best first."""
-        tokens, logprobs, scores, lengths = (values[place].tolist() for values in collected)
+        tokens, logprobs, scores, lengths, spoilt = (values[place].tolist() for values in collected)
+        if spoilt:
+            return [Candidate.spoilt()]
         return [
             self.stop.candidate(tokens[number][:own], logprobs[number][:own], scores[number])
             for number, own in enumerate(lengths[: self.options.num_return_sequences])

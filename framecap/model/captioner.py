@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from framecap.errors import FrameError, SettingsError
+from framecap.model.attention import planless_attention
 from framecap.model.bridge import Bridge, build_bridge
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
 from framecap.model.generate import Candidate, DecodeOptions, Generator
@@ -48,6 +49,7 @@ ENCODE_BATCH = {"cpu": 8, "cuda": 256}
 CAPTION_BATCH = {"cpu": 512, "cuda": 1024}
 # Scores are rounded: their last bits depend on how many rows shared a matrix product.
 DECIMALS = 5
+_SPOILT = "the decoder's logits are not finite; if float16 is too narrow for it, take dtype bfloat16 or float32"
 _T = TypeVar("_T")
 
 
@@ -189,7 +191,8 @@ class Captioner:
         if not len(pixels):
             return []
         options = options or DecodeOptions()
-        seeds = seeds if seeds is not None else [frame_seed(frame, options.seed) for frame in pixels]
+        if seeds is None:
+            seeds = [frame_seed(frame, options.seed) if options.do_sample else 0 for frame in pixels]
         return self.caption_features(self.features(pixels), options, seeds, similarity)
 
     @torch.inference_mode()
@@ -214,12 +217,12 @@ class Captioner:
         config, reads_patches = self.encoder.config, self.config.bridge.feature == "patches"
         pooled, patches = [], []
         size = ENCODE_BATCH[self.device.type]
-        # Copied batch by batch: the job's pixels are read-only.
-        batches = (torch.from_numpy(pixels[at : at + size].copy()) for at in range(0, len(pixels), size))
-        for moved in ahead(batches, self.device):
-            made = self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype))
-            pooled.append(made.pooled)
-            patches.append(made.patches if reads_patches else made.patches[:0].clone())
+        batches = (pixels[at : at + size] for at in range(0, len(pixels), size))
+        with planless_attention():
+            for moved in ahead(batches, self.device):
+                made = self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype))
+                pooled.append(made.pooled)
+                patches.append(made.patches if reads_patches else made.patches[:0].clone())
         features = ImageFeatures(torch.cat(pooled), torch.cat(patches))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # once a call: the encoder's time is not the decoder's
@@ -240,10 +243,11 @@ class Captioner:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """ruCLIP embeddings of texts, float32 [N, D], L2-normalised. Raises CaptionerError without a text tower."""
-        parts = [
-            _unit(self.encoder.encode_text(self.encoder.tokenize(list(batch))))
-            for batch in _chunks(texts, ENCODE_BATCH[self.device.type])
-        ]
+        with planless_attention():
+            parts = [
+                _unit(self.encoder.encode_text(self.encoder.tokenize(list(batch))))
+                for batch in _chunks(texts, ENCODE_BATCH[self.device.type])
+            ]
         return _rows(parts, self.encoder.config.embed_dim)
 
     def _directory(self) -> Path:
@@ -279,6 +283,9 @@ class Captioner:
             if options.rerank and scores is not None:
                 order.sort(key=lambda i: -scores[row][i])
             best = ranked[order[0]]
+            if best.is_spoilt:
+                captions.append(Caption.failed(FrameError("model", _SPOILT)))
+                continue
             captions.append(
                 Caption(
                     text=best.text,
@@ -321,6 +328,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise SettingsError(f"device {str(device)!r} is not supported; use auto, cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"device {str(device)!r} was asked for, but no GPU is visible; use auto or cpu")
+    if chosen.index not in (None, 0):  # streams, events and graphs are those of the current device
+        raise SettingsError(
+            f"device {str(device)!r}: set CUDA_VISIBLE_DEVICES={chosen.index} and use cuda, one GPU per process"
+        )
     return chosen
 
 

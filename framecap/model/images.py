@@ -8,6 +8,7 @@ ignored there, hence here. Knows nothing of models.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
 import threading
@@ -111,9 +112,14 @@ def normalise(
     Computed in float32 (torchvision's ``ToTensor`` and ``Normalize``), then rounded to ``dtype``.
     """
     scaled = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    shift = torch.tensor(mean, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
-    return scaled.sub_(shift).div_(scale).to(dtype)
+    return scaled.sub_(_channels(tuple(mean), pixels.device)).div_(_channels(tuple(std), pixels.device)).to(dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[1, 3, 1, 1], made once for a device: on a GPU each copy from the host would wait for what is running."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def preprocess(frames: Sequence[Frame], resolution: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -3,6 +3,9 @@
 Knows nothing of captions. A frame's prefix stands once in its slot however many beams read it, and the
 tokens of its beams follow step by step, so that beams part and die without a copy: which entries a beam may
 see is a matter of the attention mask.
+
+Entries are always finite. A slot keeps those of the frame before, masked, and 0 × NaN is NaN: one frame that
+overflows would spoil those that come after it.
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ class KvCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [n, Q, heads, head_dim] into the window's rows and columns."""
+        keys, values = _finite(keys), _finite(values)
         rows, columns = self.window.rows, self.window.columns
         cache = self.layers[layer]
         if isinstance(columns, slice):
@@ -94,8 +98,8 @@ class KvCache:
         cache = self.layers[layer]
         if cache.memory_keys is None or cache.memory_values is None:
             raise ValueError("this cache was allocated without room for a memory")
-        cache.memory_keys[self.window.rows] = keys
-        cache.memory_values[self.window.rows] = values
+        cache.memory_keys[self.window.rows] = _finite(keys)
+        cache.memory_values[self.window.rows] = _finite(values)
 
     def read_memory(self, layer: int) -> tuple[Tensor, Tensor]:
         """The memory's keys and values [n, M, heads, head_dim] of the window's rows."""
@@ -112,3 +116,7 @@ class KvCache:
             for memory in (layer.memory_keys, layer.memory_values):
                 if memory is not None:
                     memory[target] = memory[source]
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -21,7 +21,8 @@ _LEAST_WEIGHTS = 2**18  # a call costs 0.04 ms more than one of MKL: smaller lay
 
 
 class PackedWeight:
-    """``weight`` [out, in] of a float32 layer on the CPU, packed when it is first used and again when it changes."""
+    """``weight`` [out, in] of a float32 layer on the CPU, packed when it is first used and again when it is another
+    tensor or was changed in place (but not through ``.data`` or in inference mode, where torch keeps no count)."""
 
     def __init__(self, eight_bits: bool = False) -> None:
         self.eight_bits = eight_bits

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from framecap.model.attention import planless_attention
 from framecap.model.beam import BeamSearch
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.kv_cache import KvCache
@@ -98,7 +99,7 @@ class SlotLoop:
 
     def turn(self, waiting: deque[Job]) -> Finished:
         """Fill free slots if it is worth a prefix pass, feed one token to every live slot; the finished."""
-        with torch.inference_mode():
+        with torch.inference_mode(), planless_attention():
             free = self.slots - self.live
             if waiting and (not self.live or free >= min(len(waiting), self.slots * REFILL_SHARE)) and free:
                 self._move_together()

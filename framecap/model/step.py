@@ -146,7 +146,8 @@ class GraphedStep:
     """A step that is captured when a shape first occurs, and replayed from then on.
 
     The first step of a shape runs as it stands: it is the warm-up, and counts. At most ``MOST_GRAPHS`` shapes are
-    captured. Where capturing fails, all other shapes run as they stand, and one warning says so.
+    captured, which is all of them for captions of up to 64 tokens; one warning tells of the others. Where capturing
+    fails, all other shapes run as they stand, and one warning says so.
     """
 
     def __init__(self, step: Step, recorder: Recorder) -> None:
@@ -160,6 +161,9 @@ class GraphedStep:
         if replay is not None:
             replay()
         elif not self._works or len(self._replays) == MOST_GRAPHS:
+            if self._works:
+                self._works = False
+                log.warning("%d shapes of a decoding step are captured; others run slower", MOST_GRAPHS)
             run()
         else:
             self._recorder.warm_up(run)

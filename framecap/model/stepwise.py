@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ class Stepwise:
         tokens.scatter_(1, place, chosen[:, None])
         self.logprobs[rows].scatter_(1, place, logprob)
         steps += ~finished
-        finished |= self.stop.at_stop_token(chosen) | (steps == limit)
+        finished |= self.stop.at_stop_token(chosen) | (steps == limit) | logprob[:, 0].isnan()
         watched = self.stop.might_complete(chosen)
         self.flags[rows] = torch.where(finished, FINISHED, WATCHED * watched)
 
@@ -71,6 +73,8 @@ class Stepwise:
         tokens, logprobs, steps = collected
         length = length or int(steps[place])
         own = logprobs[place, :length].tolist()
+        if math.isnan(own[-1]):
+            return [Candidate.spoilt()]
         score = sum(own) / length**self.options.length_penalty
         return [self.stop.candidate(tokens[place, :length].tolist(), own, score)]
 

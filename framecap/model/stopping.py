@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ class Candidate:
     ``tokens`` are the generated ids without the stop token that ended them. ``logprob`` and ``min_logprob``
     are the mean and the least natural log-probability the decoder (before temperature and penalties) gave to
     each generated token, the ending one included. ``score`` is what candidates are ordered by: the sum over
-    ``length ** length_penalty``, as transformers' sequence score. ``truncated``: cut at max_new_tokens.
+    ``length ** length_penalty``, as transformers' sequence score. ``truncated``: cut at max_new_tokens. A frame
+    whose logits are not finite gets one candidate, ``Candidate.spoilt()``: no tokens, and NaN for the figures.
     """
 
     tokens: list[int]
@@ -31,6 +33,16 @@ class Candidate:
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether there is no caption, since the decoder's logits were not finite."""
+        return math.isnan(self.logprob)
+
+    @classmethod
+    def spoilt(cls) -> Candidate:
+        """What stands for the caption of a frame whose logits were not finite."""
+        return cls([], "", math.nan, math.nan, math.nan, False)
 
 
 class StopRule:

@@ -9,6 +9,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,16 +24,18 @@ def index(places: list[int], device: torch.device) -> Tensor:
     return to_device(torch.tensor(places, dtype=torch.long), device)
 
 
-def ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """``batches`` on ``device``, each copied while the one before it is in use."""
+def ahead(batches: Iterable[np.ndarray], device: torch.device) -> Iterator[Tensor]:
+    """``batches`` of uint8 on ``device``, each copied while the one before it is in use."""
     if device.type != "cuda":
-        yield from batches
+        yield from (torch.from_numpy(batch.copy()) for batch in batches)  # they may be read-only
         return
     copying, using = _copy_stream(device), torch.cuda.current_stream(device)
 
-    def send(batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def send(batch: np.ndarray) -> tuple[Tensor, torch.cuda.Event]:
+        pinned = torch.empty(batch.shape, dtype=torch.uint8, pin_memory=True)
+        np.copyto(pinned.numpy(), batch)
         with torch.cuda.stream(copying):
-            moved = to_device(batch, device)
+            moved = pinned.to(device, non_blocking=True)
             return moved, copying.record_event()
 
     sent: deque[tuple[Tensor, torch.cuda.Event]] = deque()

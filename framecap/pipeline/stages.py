@@ -161,7 +161,12 @@ class CaptionActor:
 
     def _encode(self, pixels: Pixels, slots: list[int]) -> dict[int, ImageFeatures | Caption]:
         """Features of each of ``slots``, N = 1; an error caption for one that cannot be encoded."""
-        return self._halve(slots, lambda part: self._captioner.features(pixels[part]).split())
+
+        def work(part: list[int]) -> list[ImageFeatures]:
+            chosen = pixels if len(part) == len(pixels) else pixels[part]  # the rule, and saves a copy
+            return self._captioner.features(chosen).split()
+
+        return self._halve(slots, work)
 
     def _caption(self, features: Mapping[int, ImageFeatures], seeds: Mapping[int, int]) -> dict[int, Caption]:
         """Captions of the slots that have a seed, from their features."""
