@@ -28,9 +28,10 @@ from framecap.errors import (
     UnsafePickleError,
     WeightsError,
 )
-from framecap.model.captioner import choose_device, choose_dtype
+from framecap.model.captioner import CAPTION_BATCH, choose_device, choose_dtype
 from framecap.model.captioner_config import check_options
 from framecap.model.convert import write_manifest
+from framecap.model.generate import Generator
 from framecap.model.ruclip import ImageFeatures
 
 STRATEGIES = {
@@ -265,6 +266,29 @@ def test_options_that_a_captioner_cannot_serve_are_refused_before_its_weights_ar
         check_options(tiny_captioner_dir, DecodeOptions(max_new_tokens=250))
 
 
+def test_batches_of_many_frames_run_into_each_other(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames: list[bytes] = [jpeg(seed) for seed in range(40)]
+    frames[3] = frames[16] = b"no picture"
+    options = DecodeOptions(stop=("а", "о"))  # so that they end at different lengths
+    expected = captioner.caption(frames, options)
+    assert len({caption.tokens for caption in expected}) > 2
+    steps = []
+    decode = captioner.decoder.decode_one_token
+
+    def counted(ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        steps.append(len(ids))
+        return decode(ids, *rest)
+
+    monkeypatch.setattr(captioner.decoder, "decode_one_token", counted)
+    monkeypatch.setattr(captioner, "_generator", Generator(captioner.decoder, max_rows=8))
+    monkeypatch.setitem(CAPTION_BATCH, "cpu", 8)
+    assert captioner.caption(frames, options) == expected
+    together = len(steps)
+    steps.clear()
+    assert [c for start in range(0, 40, 8) for c in captioner.caption(frames[start : start + 8], options)] == expected
+    assert together < len(steps)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_frame_that_overflows_is_an_error_of_its_own(
     captioner: Captioner, strategy: str, monkeypatch: pytest.MonkeyPatch
@@ -273,6 +297,7 @@ def test_a_frame_that_overflows_is_an_error_of_its_own(
     expected = captioner.caption(frames, STRATEGIES[strategy])
     encode = captioner.features
 
+    @torch.inference_mode()
     def overflowing(pixels: np.ndarray) -> ImageFeatures:
         features = encode(pixels)
         features.pooled[2] = float("inf")

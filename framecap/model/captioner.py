@@ -24,7 +24,7 @@ from framecap.errors import FrameError, SettingsError
 from framecap.model.attention import planless_attention
 from framecap.model.bridge import Bridge, build_bridge
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
-from framecap.model.generate import Candidate, DecodeOptions, Generator
+from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, Generator
 from framecap.model.images import Frame, crop_and_resize, normalise
 from framecap.model.packed import use_eight_bits
 from framecap.model.ruclip import ImageFeatures, RuClip
@@ -165,14 +165,30 @@ class Captioner:
             SettingsError: ``frames`` is one path or one picture's bytes instead of a list.
         """
         _check_list(frames)
-        options = options or DecodeOptions()
-        captions: list[Caption] = []
-        for chunk in _chunks(frames, CAPTION_BATCH[self.device.type]):
-            results = self._pixels(chunk)
-            good = [pixels for pixels in results if not isinstance(pixels, FrameError)]
-            made = iter(self.caption_pixels(np.stack(good), options) if good else [])
-            captions += [Caption.failed(r) if isinstance(r, FrameError) else next(made) for r in results]
-        return captions
+        options = self._checked(options or DecodeOptions())
+        captions: dict[int, Caption] = {}
+        places: list[int] = []
+        pooled: list[Tensor] = []
+
+        def batches() -> Iterator[FrameBatch]:
+            size = CAPTION_BATCH[self.device.type]
+            for start in range(0, len(frames), size):
+                results = dict(enumerate(self._pixels(frames[start : start + size]), start))
+                good = {place: pixels for place, pixels in results.items() if not isinstance(pixels, FrameError)}
+                captions.update({p: Caption.failed(e) for p, e in results.items() if isinstance(e, FrameError)})
+                if good:
+                    pixels = np.stack(list(good.values()))
+                    features = self.features(pixels)
+                    places.extend(good)
+                    pooled.append(features.pooled)
+                    yield FrameBatch(*self._prefixes(features), _seeds(pixels, options))
+
+        # The next batch enters as the captions of this one end, so that none drains alone.
+        found = dict(self._generator.stream(batches(), options, len(frames)))
+        if places:
+            candidates = [found[number] for number in range(len(places))]
+            captions.update(zip(places, self._captions(candidates, torch.cat(pooled), options, True), strict=True))
+        return [captions[place] for place in range(len(frames))]
 
     @torch.inference_mode()
     def caption_pixels(
@@ -191,8 +207,7 @@ class Captioner:
         if not len(pixels):
             return []
         options = options or DecodeOptions()
-        if seeds is None:
-            seeds = [frame_seed(frame, options.seed) if options.do_sample else 0 for frame in pixels]
+        seeds = _seeds(pixels, options) if seeds is None else seeds
         return self.caption_features(self.features(pixels), options, seeds, similarity)
 
     @torch.inference_mode()
@@ -200,10 +215,8 @@ class Captioner:
         self, features: ImageFeatures, options: DecodeOptions, seeds: Sequence[int], similarity: bool = True
     ) -> list[Caption]:
         """Captions of frames that ``features`` has encoded, a seed for each; see ``caption_pixels``."""
-        options = self._with_stop(options)
-        if options.rerank and not self.encoder.has_text:
-            raise SettingsError("rerank needs a ruCLIP with a text tower; this captioner's encoder has none")
-        prefix, memory = self.bridge(features)
+        options = self._checked(options)
+        prefix, memory = self._prefixes(features)
         candidates = self._generator.generate(prefix, memory, options, list(seeds))
         return self._captions(candidates, features.pooled, options, similarity)
 
@@ -257,8 +270,15 @@ class Captioner:
             )
         return self._source
 
-    def _with_stop(self, options: DecodeOptions) -> DecodeOptions:
+    def _checked(self, options: DecodeOptions) -> DecodeOptions:
+        """``options`` with the captioner's own stop texts unless they have some. Raises SettingsError."""
+        if options.rerank and not self.encoder.has_text:
+            raise SettingsError("rerank needs a ruCLIP with a text tower; this captioner's encoder has none")
         return options if options.stop else replace(options, stop=self.config.stop)
+
+    @torch.inference_mode()
+    def _prefixes(self, features: ImageFeatures) -> tuple[Tensor | None, Tensor | None]:
+        return self.bridge(features)
 
     def _pixels(self, frames: Sequence[Frame]) -> list[np.ndarray | FrameError]:
         def cropped(frame: Frame) -> np.ndarray | FrameError:
@@ -352,6 +372,10 @@ def frame_seed(pixels: np.ndarray, seed: int) -> int:
     """A 63-bit sampling seed from a frame's own pixels and the run's seed."""
     digest = hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def _seeds(pixels: np.ndarray, options: DecodeOptions) -> list[int]:
+    return [frame_seed(frame, options.seed) if options.do_sample else 0 for frame in pixels]
 
 
 def describe_image(frame: Frame) -> str:

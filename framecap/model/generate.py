@@ -67,16 +67,25 @@ class Generator:
             raise BridgeMismatchError("the bridge gave neither a prefix nor a memory; one of them is needed.")
         frames = given.shape[0]
         batch = FrameBatch(prefix, memory, [options.seed] * frames if seeds is None else seeds)
-        # Few frames need few slots: what does not fit the memory does when it is halved.
-        rows = min(self.max_rows, frames * max(options.num_beams, options.num_return_sequences))
-        if self.static:
-            rows = Shapes.static(self.max_rows).rows_for(rows)
-        found = dict(self._stream([batch], options, rows))
+        found = dict(self.stream([batch], options, frames))
         return [found[frame] for frame in range(frames)]
 
-    def stream(self, batches: Iterable[FrameBatch], options: DecodeOptions) -> Iterator[tuple[int, list[Candidate]]]:
-        """Decode frames of ``batches`` without draining between them; see ``generate_stream``."""
-        return self._stream(batches, options, self.max_rows)
+    def stream(
+        self, batches: Iterable[FrameBatch], options: DecodeOptions, frames: int | None = None
+    ) -> Iterator[tuple[int, list[Candidate]]]:
+        """Decode frames of ``batches`` without draining between them; yields (frame number, candidates).
+
+        Frames are numbered from 0 through all batches and come out as they finish. A batch is taken from the
+        iterator only when slots are free for it. All prefixes must have one length, all memories too. ``frames``:
+        how many there will be, if that is known: few need few slots, so what does not fit the memory does when it is
+        halved.
+        """
+        rows = self.max_rows
+        if frames is not None:
+            rows = min(rows, frames * max(options.num_beams, options.num_return_sequences))
+            if self.static:
+                rows = Shapes.static(self.max_rows).rows_for(rows)
+        return self._stream(batches, options, rows)
 
     def _stream(
         self, batches: Iterable[FrameBatch], options: DecodeOptions, max_rows: int
