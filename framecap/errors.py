@@ -14,8 +14,12 @@ class SettingsError(FramecapError, ValueError):
     """A flag, environment variable, YAML key or option is unknown or has an impossible value (exit 2)."""
 
 
-class StorageError(FramecapError):
+class StorageError(FramecapError, OSError):
     """A path or URI cannot be listed, read or written."""
+
+
+class BackendError(StorageError):
+    """A storage backend raised an error of its own kind (botocore, aiohttp, google, azure): an ``OSError`` here."""
 
 
 class CaptionerError(FramecapError):
@@ -131,8 +135,8 @@ class LockedError(FramecapError):
     """Another run holds the output's lock (exit 75)."""
 
 
-class TooManyErrorsError(FramecapError):
-    """More rows failed than ``--max-error-rate`` allows: the run is failing as a whole (exit 3)."""
+class NoProgressError(FramecapError):
+    """Nothing moves on the cluster (exit 1); the same command goes on where the run stopped."""
 
 
 class TrainingError(FramecapError):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from PIL import Image
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from framecap import schema
 from framecap.errors import SettingsError
@@ -36,7 +37,7 @@ def read_captions(uri: str, columns: Sequence[str] | None = None, filter: pc.Exp
     listing = list_input(uri, "the URI")
     fs, _ = open_fs(listing.root)
     paths = [open_fs(join(listing.root, shard))[1] for shard in listing.marks]
-    fragments = ds.dataset(paths, format="parquet", filesystem=fs)
+    fragments = ds.dataset(paths, format="parquet", filesystem=PyFileSystem(FSSpecHandler(fs)))
     unified = pa.unify_schemas([fragment.physical_schema for fragment in fragments.get_fragments()])
     data = fragments.replace_schema(unified.remove_metadata())
     if unknown := [name for name in columns or () if name not in unified.names]:

@@ -71,6 +71,9 @@ class InputColumns:
     def check(self, schema: pa.Schema, added: pa.Schema) -> None:
         """Raise ``ShardError`` (``missing_column``, ``wrong_type``, ``column_conflict``) if unusable."""
         names = set(schema.names)
+        if len(names) < len(schema.names):
+            twice = next(name for name in schema.names if schema.names.count(name) > 1)
+            raise ShardError("column_conflict", f"several columns are named {twice!r}; rename all but one")
         if self.frame_id not in names:
             raise ShardError("missing_column", f"no column {self.frame_id!r}; it has {_listed(schema)}")
         if self.image not in names and self.image_uri not in names:

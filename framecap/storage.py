@@ -9,6 +9,7 @@ a flat object for the object store in use. Knows nothing of shards, captions or 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -19,15 +20,16 @@ import tempfile
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from framecap.errors import ChecksumError, FramecapError, MissingFileError, SettingsError, StorageError
+from framecap.errors import BackendError, ChecksumError, FramecapError, MissingFileError, SettingsError, StorageError
 
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
@@ -61,11 +63,9 @@ def storage_options() -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise SettingsError(
-            f"{OPTIONS_VARIABLE}={text!r} is not JSON ({error}); write it like '{{\"anon\": true}}'"
-        ) from error
+        raise SettingsError(f"{OPTIONS_VARIABLE} is not JSON ({error}); write it like '{{\"anon\": true}}'") from error
     if not isinstance(options, dict):
-        raise SettingsError(f"{OPTIONS_VARIABLE}={text!r} is not a JSON object; write it like '{{\"anon\": true}}'")
+        raise SettingsError(f"{OPTIONS_VARIABLE} is not a JSON object; write it like '{{\"anon\": true}}'")
     return options
 
 
@@ -131,7 +131,42 @@ def open_fs(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
         raise StorageError(f"{text}: no storage backend for {scheme}:// is installed; {fix}") from error
     except ValueError as error:
         raise StorageError(f"{text}: {error}; use a path, s3://, gs:// or abfs://") from error
-    return fs, path
+    return (fs if is_local(text) else cast(fsspec.AbstractFileSystem, _Guarded(fs))), path
+
+
+class _Guarded:
+    """A backend's file system, or a file of it, whose errors are all ``OSError``: what is no ``OSError`` of Python's
+    becomes a ``BackendError``, so that nobody else needs to know the libraries below fsspec."""
+
+    def __init__(self, guarded: Any) -> None:
+        self._guarded = guarded
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._guarded, name)
+        return functools.partial(_call, value) if callable(value) else value
+
+    def __enter__(self) -> Self:
+        self._guarded.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _call(self._guarded.__exit__, kind, error, trace)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._guarded)
+
+
+def _call(method: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    try:
+        result = method(*arguments, **keywords)
+    except (OSError, FramecapError):
+        raise
+    except Exception as error:  # see _Guarded
+        text = " ".join(str(error).split())[:200]
+        raise BackendError(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
+    return _Guarded(result) if hasattr(result, "read") and hasattr(result, "seek") else result
 
 
 def check_endpoint(uri: str, seconds: float = 5.0) -> None:
@@ -164,12 +199,9 @@ def backend_errors(uri: str | os.PathLike[str]) -> Iterator[None]:
     check_endpoint(os.fspath(uri))
     try:
         yield
-    except (FramecapError, OSError):
-        raise
-    except Exception as error:  # no credentials, no such endpoint: botocore, aiohttp, google and azure name them apart
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+    except BackendError as error:  # no credentials, no such endpoint
         raise StorageError(
-            f"{os.fspath(uri)} cannot be reached: {text}; check its credentials, and {OPTIONS_VARIABLE}"
+            f"{os.fspath(uri)} cannot be reached: {error}; check its credentials, and {OPTIONS_VARIABLE}"
         ) from error
 
 

@@ -283,6 +283,7 @@ def settings_mistakes(root: Path, captioner: Path) -> dict[str, list[str]]:
         "damaged captioner": [*good[:5], str(damaged)],
         "missing captioner": [*good[:5], f"{root}/nothing"],
         "impossible options": [*good, "--num-return-sequences", "4"],
+        "longer than the decoder": [*good, "--max-new-tokens", "5000"],
     }  # fmt: skip
 
 
@@ -312,6 +313,50 @@ def test_a_settings_mistake_ends_with_2_and_one_line_and_writes_nothing(
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_device_that_the_cluster_lacks_is_a_settings_mistake_too(
+    tmp_path: Path, tiny_captioner_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(shard_table("good", 2), tmp_path / "in" / "good.parquet")
+    places = ["--input-uri", f"{tmp_path}/in", "--output-uri", f"{tmp_path}/a/out"]
+    assert main([*places, "--captioner", str(tiny_captioner_dir), "--device", "cuda", "--num-gpus", "0"]) == 2
+    assert "--device cuda needs --num-gpus" in capfd.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_rows_that_are_tried_again_do_not_hide_that_new_ones_fail(tmp_path: Path, tiny_captioner_dir: Path) -> None:
+    (tmp_path / "in").mkdir()
+    places = (tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
+    for name in ("old", "new"):
+        table = pa.table({"frame_id": range(30), "image": [f"{name} {row}".encode() for row in range(30)]})
+        pq.write_table(table, tmp_path / "in" / f"{name}.parquet")
+        summary = caption(*places, retry_errors=True)
+        assert summary.exit_code == 3, "all rows of a new shard failed"
+    again = caption(*places, retry_errors=True)
+    assert (again.captioned_rows, again.exit_code) == (60, 0)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_link_to_nothing_and_columns_of_one_name_cost_only_their_shards(
+    tmp_path: Path, tiny_captioner_dir: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(shard_table("good", 3), tmp_path / "in" / "good.parquet")
+    (tmp_path / "in" / "link.parquet").symlink_to(tmp_path / "nowhere.parquet")
+    columns = [pa.array(["a"]), pa.array([jpeg(1)]), pa.array([1]), pa.array([2])]
+    twice = pa.table(columns, ["frame_id", "image", "k", "k"])
+    pq.write_table(twice, tmp_path / "in" / "twice.parquet")
+    summary = caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
+    assert summary.exit_code == 3
+    assert {shard: text.partition(":")[0] for shard, text in summary.failed_shards.items()} == {
+        "link.parquet": "unreadable",
+        "twice.parquet": "column_conflict",
+    }
+    assert list(read_output(tmp_path / "out")) == ["good.parquet"]
 
 
 def test_an_unknown_flag_names_the_nearest_one() -> None:

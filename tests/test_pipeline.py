@@ -16,6 +16,7 @@ from shards import caption, jpeg, read_output, shard_table, state_files, without
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.pipeline.plan import Piece, ShardPlan, make_chunks, make_units, subtract
+from framecap.pipeline.settings import CaptionSettings
 from framecap.schema import META_FINGERPRINT, META_SIGNATURE, META_SOURCE, META_VERSION
 
 __all__ = ["without_ray"]  # a fixture
@@ -164,6 +165,19 @@ def test_near_frames_of_one_video_share_a_caption_only_on_request(tmp_path: Path
     rows = read_output(tmp_path / "out")["near.parquet"]
     assert rows.column("caption_reused").to_pylist() == [None, "similar", None, "similar"]
     assert rows.column("caption_similarity").null_count == 0
+
+
+@pytest.mark.parametrize("way", ["flag", "environment", "file"])
+def test_no_columns_are_kept_however_it_is_said(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--input-uri", "in", "--output-uri", "out"]
+    if way == "flag":
+        argv += ["--keep-columns", "none"]
+    elif way == "environment":
+        monkeypatch.setenv("FRAMECAP_KEEP_COLUMNS", "none")
+    else:
+        (tmp_path / "job.yaml").write_text("keep_columns: none")
+        argv += ["--config", str(tmp_path / "job.yaml")]
+    assert CaptionSettings.from_command_line(argv).columns.keep == ()
 
 
 @here

@@ -21,9 +21,15 @@ import pytest
 import ray
 from shards import caption, jpeg, read_output, shard_table, state_files, without_ray, write_shards
 
-from framecap.errors import LockedError
+from framecap.errors import LockedError, ShardError
+from framecap.pipeline import lock as lock_module
+from framecap.pipeline.fragments import list_fragments, write_fragment
+from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.lock import OutputLock
+from framecap.pipeline.plan import Piece, ShardPlan
+from framecap.pipeline.publish import Places, Publisher
 from framecap.pipeline.stops import StopRun, Stops
+from framecap.schema import InputColumns, caption_schema
 
 __all__ = ["without_ray"]  # a fixture
 REPOSITORY = Path(__file__).parent.parent
@@ -140,6 +146,32 @@ def test_sigint_is_heard_as_sigterm_is() -> None:
             stops.check()
 
 
+def test_a_second_signal_ends_the_run_at_once() -> None:
+    with Stops(None):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("kind", "left"), [("unreadable", 3), ("changed", 0)])
+def test_captions_of_a_shard_that_could_not_be_read_on_wait_for_the_next_run(
+    kind: str, left: int, tmp_path: Path
+) -> None:
+    schema = caption_schema()
+    rows = [dict.fromkeys(schema.names) | {"caption_status": "ok"}] * 4
+    folder = str(tmp_path / "fragments")
+    places = Places(str(tmp_path), str(tmp_path / "out"), folder, InputColumns(), schema, "f")
+    plan = ShardPlan("s.parquet", "signature", 100, "new", ((0, 100),))
+    publisher = Publisher(places, [plan], Ledger(str(tmp_path / "state"), "run"))
+    for start in (0, 4, 8):
+        pieces = (Piece("s.parquet", "signature", start, start + 4),)
+        publisher.add(pieces, write_fragment(folder, pieces, "f", pa.Table.from_pylist(rows, schema)))
+    publisher.fail("s.parquet", ShardError(kind, "SlowDown"))
+    publisher.finish()
+    publisher.sweep()
+    assert len(list_fragments(folder)) == left
+
+
 @pytest.mark.usefixtures("without_ray")
 def test_a_spent_time_budget_ends_the_run_with_75(
     undisturbed: tuple[Path, Path], tmp_path: Path, tiny_captioner_dir: Path
@@ -213,6 +245,31 @@ def test_a_run_whose_lock_was_taken_away_notices(tmp_path: Path) -> None:
         path.write_text(json.dumps({"token": "other", "run_id": "thief", "heartbeat": time.time()}))
         lock._heart.join(timeout=10)
         with pytest.raises(LockedError, match="thief"):
+            lock.check()
+
+
+def test_a_heartbeat_outlives_errors_of_any_kind_but_not_the_expiry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [RuntimeError("one hiccup of a backend")]
+    write = lock_module.write_bytes_atomic
+
+    def hiccup(uri: str, data: bytes) -> None:
+        if failures:
+            raise failures[0]
+        write(uri, data)
+
+    monkeypatch.setattr(lock_module, "write_bytes_atomic", hiccup)
+    with OutputLock(str(tmp_path / "lock"), "steady", 0.8) as lock:
+        time.sleep(0.3)
+        failures.clear()
+        time.sleep(1.2)
+        lock.check()
+        before = json.loads((tmp_path / "lock").read_text())["heartbeat"]
+        assert time.time() - before < 0.8, "it beats again"
+        failures.append(RuntimeError("the store is gone"))
+        lock._heart.join(timeout=10)
+        with pytest.raises(LockedError, match="could not be renewed"):
             lock.check()
 
 

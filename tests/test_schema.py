@@ -45,6 +45,7 @@ def test_pictures_may_be_binary_or_hugging_face_structs(image: pa.DataType) -> N
         ([("frame_id", pa.string()), ("image", pa.int8())], "wrong_type"),
         ([("frame_id", pa.string()), ("image_uri", pa.int8())], "wrong_type"),
         ([("frame_id", pa.string()), ("image", pa.binary()), ("caption", pa.string())], "column_conflict"),
+        ([("frame_id", pa.string()), ("image", pa.binary()), ("k", pa.int8()), ("k", pa.int8())], "column_conflict"),
     ],
 )
 def test_a_shard_that_cannot_be_used_says_why(fields: list[tuple[str, pa.DataType]], kind: str) -> None:

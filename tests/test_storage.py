@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from framecap.errors import ChecksumError, MissingFileError, SettingsError, StorageError
 from framecap.storage import (
@@ -61,11 +62,35 @@ def test_an_unknown_scheme_says_what_is_known() -> None:
         open_fs("carrier-pigeon://coop/1")
 
 
-@pytest.mark.parametrize("text", ["{anon: true}", "[1]"])
+@pytest.mark.parametrize("text", ["{secret: true}", '["secret"]'])
 def test_storage_options_that_are_no_json_object_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OPTIONS_VARIABLE, text)
-    with pytest.raises(SettingsError, match=OPTIONS_VARIABLE):
+    with pytest.raises(SettingsError, match=OPTIONS_VARIABLE) as caught:
         storage_options()
+    assert "secret" not in str(caught.value)
+
+
+class HiccupError(Exception):
+    """What botocore raises is no OSError either."""
+
+
+def test_errors_of_a_backends_own_kind_are_errors_of_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hiccup(self: object, *_: object, **__: object) -> None:
+        raise HiccupError("slow down")
+
+    write_bytes_atomic("memory://store/a.bin", b"abc")
+    fs, path = open_fs("memory://store/a.bin")
+    with fs.open(path) as file:
+        assert file.read(2) == b"ab"
+        monkeypatch.setattr(type(file._guarded), "read", hiccup)
+        with pytest.raises(OSError, match="HiccupError: slow down"):
+            file.read()
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", hiccup)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", hiccup)
+    with pytest.raises(StorageError, match="HiccupError: slow down"):
+        read_bytes("memory://store/a.bin")
+    with pytest.raises(StorageError, match=r"a.bin cannot be written: HiccupError: slow down"):
+        write_bytes_atomic("memory://store/a.bin", b"abc")
 
 
 FLAT, BY_SCHEME = {"key": "a", "client_kwargs": {"x": 1}}, {"s3": {"key": "a"}, "gs": {"project": "p"}}

@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 
-from framecap.errors import SettingsError
+from framecap.errors import NoProgressError, SettingsError
 from framecap.pipeline.job import Job, Resources
 from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ReadOptions, read_units
@@ -27,21 +28,20 @@ from framecap.storage import OPTIONS_VARIABLE
 
 log = logging.getLogger(__name__)
 _MOST_BLOCKS = 10_000
-_LOG_EVERY_S = 30.0
 
 
 def start_ray(settings: CaptionSettings) -> Resources:
     """Join or start a cluster, and size the actor pool by what it has."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off: ours is on
+    own = not ray.is_initialized() and settings.ray_address is None and "RAY_ADDRESS" not in os.environ
     if not ray.is_initialized():
-        if settings.ray_address is None and "RAY_ADDRESS" not in os.environ:  # a cluster of this process alone
+        if own:
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             address=settings.ray_address,
-            runtime_env={"env_vars": {OPTIONS_VARIABLE: os.environ.get(OPTIONS_VARIABLE, "")}},
             log_to_driver=False,
-            include_dashboard=False if settings.ray_address is None and "RAY_ADDRESS" not in os.environ else None,
+            include_dashboard=False if own else None,
             configure_logging=False,
         )
     available = ray.cluster_resources()
@@ -62,6 +62,7 @@ def start_ray(settings: CaptionSettings) -> Resources:
         log.warning("captioning on %d CPU cores: the cluster has no GPU, or none was asked for", int(cpus))
         num_cpus, reader_cpus = settings.num_cpus or 0.75, 0.25
         fit = max(1, int(cpus * 0.75 / num_cpus))
+    _check_fit({"CPU": num_cpus, "GPU": num_gpus}, own)
     most = settings.max_actors or fit
     return Resources(
         num_gpus=num_gpus,
@@ -71,6 +72,20 @@ def start_ray(settings: CaptionSettings) -> Resources:
         min_actors=min(settings.min_actors, most),
         batch_size=settings.batch_size or (1024 if num_gpus else 64),
     )
+
+
+def _check_fit(actor: dict[str, float], own: bool) -> None:
+    """Raise ``SettingsError`` where no node has what an actor needs and the cluster is this process's own; one that
+    was joined may grow, so there it is a warning."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, needed in actor.items():
+        largest = max(node.get(name, 0.0) for node in nodes)
+        if needed <= largest or (name == "GPU" and not largest and not own):  # the latter has its own warning
+            continue
+        flag = f"--num-{name.lower()}s {needed:g}"
+        if own:
+            raise SettingsError(f"{flag}: this machine has {largest:g}; give at most that")
+        log.warning("%s: the largest node has %g; waiting for a larger one (--no-progress-timeout)", flag, largest)
 
 
 def caption_units(
@@ -88,6 +103,11 @@ def caption_units(
                 continue
             if item is None:
                 return
+            if isinstance(item, ExecutionTimeoutError):
+                raise NoProgressError(
+                    f"no progress for {job.settings.no_progress_timeout:g} s: the cluster cannot place an actor or a "
+                    "reader (compare --num-gpus and --num-cpus with `ray status`), or a task hangs"
+                )
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -9,13 +9,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import time
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from framecap.errors import StorageError
 from framecap.pipeline.plan import Chunk, Piece
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
+log = logging.getLogger(__name__)
+_RETRY_WAITS = (1.0, 5.0, 25.0)  # seconds
 SUFFIX = ".fragment"
 FOLDER = "fragments"
 _PIECES = b"framecap.pieces"
@@ -40,7 +45,8 @@ def fragment_name(pieces: Chunk, fingerprint: str) -> str:
 def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Table) -> str:
     """Write the captions of ``pieces`` in one atomic step; returns the fragment's name.
 
-    Raises ``ValueError`` unless there is one caption per row: rows are told apart by their place alone.
+    A store that refuses is asked again for half a minute: the captions have cost GPU time. Raises ``StorageError``
+    after that, and ``ValueError`` unless there is one caption per row: rows are told apart by their place alone.
     """
     if len(captions) != (rows := sum(piece.stop - piece.start for piece in pieces)):
         raise ValueError(f"{len(captions)} captions for the {rows} rows of {pieces}")
@@ -51,7 +57,15 @@ def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Ta
     with pa.ipc.new_file(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     name = fragment_name(pieces, fingerprint)
-    write_bytes_atomic(join(folder, name), sink.getvalue())
+    for wait in (*_RETRY_WAITS, None):
+        try:
+            write_bytes_atomic(join(folder, name), sink.getvalue())
+            break
+        except StorageError as error:
+            if wait is None:
+                raise
+            log.warning("fragment %s cannot be written (%s); trying again in %.0f s", name, error, wait)
+            time.sleep(wait)
     return name
 
 

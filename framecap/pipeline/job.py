@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import uuid
 from dataclasses import dataclass, replace
@@ -36,8 +35,6 @@ from framecap.storage import (
     open_fs,
     storage_options,
 )
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

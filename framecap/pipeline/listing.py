@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import stringify_path
 
-from framecap.errors import SettingsError, ShardError, StorageError
+from framecap.errors import BackendError, SettingsError, ShardError, StorageError
 from framecap.schema import SHARD_SUFFIX
 from framecap.storage import backend_errors, is_local, join, mark, open_fs
 
@@ -38,7 +38,7 @@ def list_input(uri: str, called: str = "--input-uri") -> Listing:
     except FileNotFoundError:
         raise SettingsError(f"{called} {uri} does not exist") from None
     except Exception as error:  # every backend has errors of its own; the operator needs one line
-        if isinstance(error, SettingsError | StorageError):
+        if isinstance(error, SettingsError | StorageError) and not isinstance(error, BackendError):
             raise
         raise SettingsError(f"{called} {uri} cannot be listed: {_short(error)}") from error
     if not listing.marks:
@@ -104,8 +104,12 @@ def _scan(folder: Path, prefix: str) -> list[tuple[str, str]]:
             if entry.is_dir():
                 found += _scan(Path(entry.path), f"{prefix}{entry.name}/")
             elif entry.name.endswith(SHARD_SUFFIX):
-                status = entry.stat()
-                found.append((prefix + entry.name, f"{status.st_size}-{status.st_mtime_ns}"))
+                try:
+                    status = entry.stat()
+                    mark = f"{status.st_size}-{status.st_mtime_ns}"
+                except FileNotFoundError:  # a link to nothing, or gone since: whoever opens it says so
+                    mark = "gone"
+                found.append((prefix + entry.name, mark))
     return found
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,12 +40,15 @@ class OutputLock:
             "process_start": _process_start(os.getpid()),
             "expiry_s": expiry,
         }
+        self._made: list[Path] = []  # folders that were not there before, the lowest first
         self._ended = threading.Event()
         self._lost: str | None = None
         self._heart = threading.Thread(target=self._beat, name="framecap-lock", daemon=True)
 
     def __enter__(self) -> Self:
         """Raises ``LockedError`` naming the holder, or ``StorageError`` if the place cannot be written."""
+        if is_local(self._uri):
+            self._made = [folder for folder in Path(open_fs(self._uri)[1]).parents if not folder.exists()]
         with _one_at_a_time(self._uri):
             for _ in range(3):
                 if self._create():
@@ -67,6 +70,9 @@ class OutputLock:
         holder = _read(self._uri)
         if holder is not None and holder.get("token") == self._me["token"]:
             self._remove(holder)
+        for folder in self._made:
+            with suppress(OSError):  # not empty: something was written
+                folder.rmdir()
 
     @property
     def lost(self) -> bool:
@@ -118,15 +124,21 @@ class OutputLock:
             log.debug("the lock %s was already gone (%s)", self._uri, holder)
 
     def _beat(self) -> None:
+        last = time.monotonic()
         while not self._ended.wait(self._expiry / 4):
+            begun = time.monotonic()
             try:
                 holder = _read(self._uri)
                 if holder is None or holder.get("token") != self._me["token"]:
                     self._lost = f"{self._uri} was taken over by {_describe(holder or {})}; this run stops"
                     return
                 write_bytes_atomic(self._uri, self._content())
-            except (OSError, StorageError) as error:
+                last = begun
+            except Exception as error:  # whatever it is, the lock must go on being kept
                 log.warning("heartbeat of %s failed: %s", self._uri, error)
+                if begun - last > self._expiry:
+                    self._lost = f"{self._uri} could not be renewed for {begun - last:.0f} s; this run stops"
+                    return
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from framecap.errors import FramecapError, ShardError
+from framecap.errors import ShardError
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.pipeline.listing import Listing, open_shard
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
@@ -188,15 +188,18 @@ def _error_ranges(output_uri: str, shard: str) -> tuple[Range, ...]:
     ranges: list[Range] = []
     offset = 0
     with open_shard(output_uri, shard) as file:
-        for batch in file.iter_batches(columns=["caption_status"]):
-            failed = pc.equal(batch.column(0), STATUS_ERROR)
-            for row in pc.indices_nonzero(failed).to_pylist():
-                position = offset + row
-                if ranges and ranges[-1][1] == position:
-                    ranges[-1] = (ranges[-1][0], position + 1)
-                else:
-                    ranges.append((position, position + 1))
-            offset += len(batch)
+        try:
+            for batch in file.iter_batches(columns=["caption_status"]):
+                failed = pc.equal(batch.column(0), STATUS_ERROR)
+                for row in pc.indices_nonzero(failed).to_pylist():
+                    position = offset + row
+                    if ranges and ranges[-1][1] == position:
+                        ranges[-1] = (ranges[-1][0], position + 1)
+                    else:
+                        ranges.append((position, position + 1))
+                offset += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            raise ShardError("unreadable", f"its caption shard is damaged, delete that: {error}") from error
     return tuple(ranges)
 
 
@@ -282,7 +285,6 @@ def list_shards_to_do(plan: Plan) -> list[str]:
 
 __all__ = [
     "Chunk",
-    "FramecapError",
     "Piece",
     "Plan",
     "Range",

@@ -124,10 +124,12 @@ class Publisher:
         self._running[shard] = self._pool.submit(publish_shard, self._places, plan, spans, self._cache)
 
     def fail(self, shard: str, error: ShardError) -> None:
-        """Give a shard up; its fragments are of no use any more."""
+        """Give a shard up for this run. If it changed its fragments are of no use any more; if it could not be read
+        they wait for the next run, which may."""
         self._waiting.pop(shard, None)
         self.done.failed[shard] = error
-        self._forget(shard)
+        if error.kind == "changed":
+            self._forget(shard)
 
     def collect(self, block: bool = False) -> None:
         """Write finished publications to the ledger and delete their fragments."""

@@ -29,12 +29,14 @@ class ActorOptions:
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """What the driver hears of a chunk: which rows are in which fragment, and how it went."""
+    """What the driver hears of a chunk: which rows are in which fragment, and how it went. ``retried``: of
+    ``statuses``, those of rows that had failed before (``--retry-errors``)."""
 
     fragment: str
     pieces: Chunk
     failed: dict[str, ShardError] = field(default_factory=dict)
     statuses: dict[str, int] = field(default_factory=dict)
+    retried: dict[str, int] = field(default_factory=dict)
     error_kinds: dict[str, int] = field(default_factory=dict)
     reused: int = 0
     tokens: int = 0

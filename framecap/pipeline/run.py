@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from framecap.errors import CaptionerError, LockedError, SettingsError, StorageError
+from framecap.errors import CaptionerError, LockedError, NoProgressError, SettingsError, StorageError
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
-from framecap.pipeline.job import Job, prepare
+from framecap.pipeline.job import Job, Resources, prepare
 from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.listing import list_shards
 from framecap.pipeline.lock import OutputLock
@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     except (SettingsError, CaptionerError, StorageError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_SETTINGS
+    except NoProgressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CRASHED
     except LockedError as error:
         print(f"locked: {error}", file=sys.stderr)
         return EXIT_WORK_LEFT
@@ -57,9 +60,11 @@ def run(settings: CaptionSettings) -> Summary:
             log.info("%s", line)
         summary = Summary.begin(job, plan)
         stops.watch(lock.check)
+        resources = _start(job, plan, stops)
+        job = job.sized_for(resources) if resources is not None else job
         publisher = Publisher(job.places, plan.todo, ledger, plan.later)
         try:
-            _caption_and_publish(job, plan, publisher, summary, stops)
+            _caption_and_publish(job, resources, plan, publisher, summary, stops)
         except BaseException as error:
             summary.stopped = f"{type(error).__name__}: {str(error)[:500]}"
             raise
@@ -98,20 +103,30 @@ def _dry_run(job: Job, plan: Plan) -> Summary:
     return summary
 
 
-def _caption_and_publish(job: Job, plan: Plan, publisher: Publisher, summary: Summary, stops: Stops) -> None:
+def _start(job: Job, plan: Plan, stops: Stops) -> Resources | None:
+    """Ray, if anything is to do; the last mistakes in the settings show here, before anything is written."""
+    if not any(shard.todo_rows for shard in plan.todo):
+        return None
+    from framecap.pipeline.caption import start_ray  # Ray: only where there is work
+
+    job.check_captioner()
+    resources = start_ray(job.settings)
+    stops.listen()
+    return resources
+
+
+def _caption_and_publish(
+    job: Job, resources: Resources | None, plan: Plan, publisher: Publisher, summary: Summary, stops: Stops
+) -> None:
     summary.recovered_rows = _take_up_fragments(job, plan, publisher)
     for shard in plan.todo:
         publisher.publish_if_complete(shard.shard)
     remaining = [(shard, subtract(shard.todo, publisher.covered(shard.shard))) for shard in plan.todo]
     total = sum(stop - start for _, ranges in remaining for start, stop in ranges)
-    if not total:
+    if not total or resources is None:
         return
-    from framecap.pipeline.caption import caption_units, start_ray  # Ray: only where there is work
+    from framecap.pipeline.caption import caption_units
 
-    job.check_captioner()
-    resources = start_ray(job.settings)
-    stops.listen()
-    job = job.sized_for(resources)
     chunks = list(make_chunks(remaining, job.chunk_rows))
     units = make_units(chunks, max(1, min(8, len(chunks) // (8 * resources.actors))))
     with Progress(total) as progress:
@@ -165,6 +180,6 @@ def _exit_code(settings: CaptionSettings, summary: Summary, publisher: Publisher
         code = EXIT_DONE
     if sys.exc_info()[0] is not None:
         code = EXIT_CRASHED
-    elif summary.stopped and publisher.unfinished and not summary.error_rate_exceeded(settings):
+    elif publisher.unfinished and not summary.error_rate_exceeded(settings):
         code = EXIT_WORK_LEFT
     return code

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from framecap.schema import InputColumns
 from framecap.settings import JobSettings, Seconds, StringList
+
+
+def _none_is_a_word(value: object) -> object:
+    return ("none",) if value is None else value
 
 
 class CaptionSettings(JobSettings):
@@ -20,7 +24,7 @@ class CaptionSettings(JobSettings):
     id_column: str = Field("frame_id", description="input column that names a frame")
     image_column: str = Field("image", description="input column with encoded bytes or struct{bytes, path}")
     image_uri_column: str = Field("image_uri", description="input column with URIs of the pictures")
-    keep_columns: StringList = Field(
+    keep_columns: Annotated[StringList, BeforeValidator(_none_is_a_word)] = Field(
         ("all",), description="input columns to carry over: all (but the image), none, or a,b,c"
     )
     similarity: bool = Field(True, description="ruCLIP cosine between frame and caption, per row")

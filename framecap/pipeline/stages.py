@@ -26,6 +26,7 @@ from framecap.model.captioner import DECIMALS, Caption, Captioner
 from framecap.model.images import Pixels
 from framecap.model.ruclip import ImageFeatures
 from framecap.pipeline.fragments import write_fragment
+from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.schema import EMBEDDING_COLUMN, REUSED_IDENTICAL, REUSED_SIMILAR, caption_schema
@@ -82,6 +83,7 @@ class CaptionActor:
             pieces=pieces,
             failed=frames.failed,
             statuses=dict(Tally(caption.status for caption in captions)),
+            retried=dict(Tally(c.status for c, again in zip(captions, _are_retried(pieces), strict=True) if again)),
             error_kinds=dict(Tally(c.error.partition(":")[0] for c in captions if c.error)),
             reused=sum(mark is not None for mark in reused),
             tokens=sum(caption.tokens for caption, mark in zip(captions, reused, strict=True) if mark is None),
@@ -233,6 +235,11 @@ def _unit(features: Mapping[int, ImageFeatures]) -> dict[int, np.ndarray]:
         return {}
     pooled = ImageFeatures.join(list(features.values())).pooled.float()
     return dict(zip(features, torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy(), strict=True))
+
+
+def _are_retried(pieces: Chunk) -> list[bool]:
+    """For each row of ``pieces`` whether it failed in an earlier run."""
+    return [bool(piece.basis) for piece in pieces for _ in range(piece.start, piece.stop)]
 
 
 def similar_frames(

@@ -61,4 +61,5 @@ class Stops:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:  # asked twice: at once
             signal.signal(number, self._before.get(number) or signal.SIG_DFL)
+            signal.raise_signal(number)
         self._signal = signal.Signals(number).name

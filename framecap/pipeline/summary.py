@@ -56,6 +56,7 @@ class Summary:
     unfinished_shards: int = 0
     failed_shards: dict[str, str] = field(default_factory=dict)
     pruned: list[str] = field(default_factory=list)
+    _retried: Counter[str] = field(default_factory=Counter, repr=False)
     _begun: float = field(default_factory=time.monotonic, repr=False)
 
     @classmethod
@@ -85,15 +86,15 @@ class Summary:
         self.tokens += record.tokens
         self.fragments += bool(record.fragment)
         self.rows_by_status.update(record.statuses)
+        self._retried.update(record.retried)
         self.errors_by_kind.update(record.error_kinds)
         self.stage_seconds.update(record.seconds)
 
     def error_rate_exceeded(self, settings: CaptionSettings, least_rows: int = _LEAST_ROWS) -> bool:
         """Whether the run fails as a whole; rows that are only tried again (``--retry-errors``) do not count."""
-        rows = self.captioned_rows
-        if settings.retry_errors or rows < least_rows:
-            return False
-        return self.rows_by_status[STATUS_ERROR] > settings.max_error_rate * rows
+        first = self.rows_by_status - self._retried
+        rows = first.total()
+        return rows >= least_rows and first[STATUS_ERROR] > settings.max_error_rate * rows
 
     def end(self, publisher: Publisher, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -131,8 +132,8 @@ class Summary:
         return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}"
 
     def to_json(self) -> bytes:
-        hidden = ("_begun", "plan_failed")  # the latter is part of failed_shards
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        names = [f.name for f in fields(self) if not f.name.startswith("_") and f.name != "plan_failed"]  # a part of
+        values = {name: getattr(self, name) for name in names}  # failed_shards
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +20,6 @@ from framecap.training.places import reach
 from framecap.training.scored_texts import ScoredTexts, read_captions, read_references
 from framecap.training.settings import EvaluateSettings
 from framecap.training.similarity import Cosines, measure_cosines
-
-log = logging.getLogger(__name__)
 
 REPORT_VERSION = 1
 TITLES = {
