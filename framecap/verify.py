@@ -285,7 +285,7 @@ def _ids(shard: pq.ParquetFile, frame_id: str, counts: Counter[str] | None = Non
         if counts is not None and counted:
             for entry in pc.value_counts(batch[status]).to_pylist():
                 counts[str(entry["values"])] += entry["counts"]
-        yield batch[frame_id].cast(pa.large_string() if schema.is_text(kind) else pa.int64())
+        yield batch[frame_id].cast(pa.large_string()) if schema.is_text(kind) else batch[frame_id]
 
 
 def _status_faults(counts: Counter[str], metadata: dict[bytes, bytes]) -> Iterator[str]:

@@ -19,6 +19,8 @@ from framecap.errors import FrameError, SettingsError
 
 SELECTIONS = ("every", "key", "scene")
 _THUMBNAIL = (64, 36)
+# Sound may go on for a while after the last picture.
+_SLACK_SECONDS, _SLACK_SHARE = 2.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[in
         stream.thread_type = "AUTO"
         if selection.how == "key" and times:
             stream.codec_context.skip_frame = "NONKEY"
-        decoded = 0
+        decoded, corrupt = 0, 0
         for frame in container.decode(stream):
+            corrupt += frame.is_corrupt
             if times and frame.pts is not None:
                 index = bisect_left(times, frame.pts)
                 seconds = float((frame.pts - times[0]) * stream.time_base)
@@ -93,6 +96,19 @@ def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[in
             yield index, seconds, frame
         if not decoded:
             raise FrameError("truncated", "the video holds no frame that can be decoded")
+        if corrupt:
+            raise FrameError("truncated", f"the decoder calls {corrupt} of {decoded} frames corrupt")
+        end = float((times[-1] - times[0]) * stream.time_base) if times else seconds
+        if end < (promised := _promised_seconds(container)) - max(_SLACK_SECONDS, _SLACK_SHARE * promised):
+            raise FrameError("truncated", f"its frames end after {end:.1f} s, its header promises {promised:.1f} s")
+
+
+def _promised_seconds(container: Any) -> float:
+    """How long the file says it is; 0 if it does not say (of a transport stream FFmpeg only sees what is there)."""
+    stream = container.streams.video[0]
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1_000_000
 
 
 def _display_times(av: Any, file: BinaryIO) -> list[int]:

@@ -316,6 +316,50 @@ def test_damaged_shards_are_on_the_page_and_told_of(tmp_path: Path, capsys: pyte
     assert list(page_data(out)["unreadable"]) == ["day-0/frames-00000.parquet"]
 
 
+def damage(path: Path, column: int) -> None:
+    """Overwrite the pages of a column; the footer stays whole."""
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    content = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    path.write_bytes(content)
+
+
+def test_damaged_pages_cost_their_shards_and_not_the_page(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path)
+    damage(data.captions / "day-0/frames-00000.parquet", 0)
+    damage(data.frames / "day-1/frames-00001.parquet", 6)
+    written = report.write_report(str(data.captions), str(tmp_path / "r.html"), str(data.frames))
+    assert list(written.unreadable) == ["day-0/frames-00000.parquet"]
+    assert (written.shown, written.pictures) == (40, 20)
+
+
+def test_scores_that_are_no_numbers_are_left_empty(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path)
+    path = data.captions / "day-0/frames-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[1]["caption_similarity"], rows[2]["caption_logprob"] = float("nan"), float("-inf")
+    rewrite(path, pa.Table.from_pylist(rows, table.schema))
+    for against in (None, str(data.captions)):
+        report.write_report(str(data.captions), str(tmp_path / "r.html"), str(data.frames), against)
+        text = (tmp_path / "r.html").read_text()
+        assert len(page_data(tmp_path / "r.html")["frames"]) == 60
+        assert "NaN" not in text.partition('id="data">')[2].partition("</script>")[0]
+
+
+def test_pictures_beside_their_shard_are_found_from_anywhere(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path)
+    path = data.frames / "day-0/frames-00000.parquet"
+    table = pq.read_table(path)
+    names = [f"picture-{row}.jpg" for row in range(len(table))]
+    for name, image in zip(names, table["image"].to_pylist(), strict=True):
+        (path.parent / name).write_bytes(image)
+    pq.write_table(table.drop_columns("image").append_column("image_uri", pa.array(names)), path)
+    written = report.write_report(str(data.captions), str(tmp_path / "r.html"), str(data.frames))
+    assert written.pictures == 60
+
+
 def test_no_caption_shards_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no caption shards"):
         report.write_report(str(tmp_path), str(tmp_path / "report.html"))

@@ -336,6 +336,14 @@ def test_impossible_data_is_one_clear_error(tmp_path: Path, change: dict[str, An
     assert bool(list(tmp_path.glob("captioner.run/features-*"))) == ("validation_fraction" in change)
 
 
+def test_a_split_that_some_files_lack_is_no_split_and_said(tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    write_pairs(tmp_path / "pairs" / "a.parquet", split=["train", "validation"] * 8)
+    write_pairs(tmp_path / "pairs" / "b.parquet")
+    with pytest.raises(TrainingError, match=r"b.parquet has no column 'split' and others do"):
+        train_locally(settings(tmp_path, tmp_path / "pairs"))
+
+
 def test_pairs_that_are_not_there_are_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="check the path"):
         train_locally(settings(tmp_path, tmp_path / "nowhere.parquet"))

@@ -264,6 +264,17 @@ def test_an_output_that_is_not_there_is_a_mistake_and_not_a_fault(data: Dataset)
             verify.verify(str(data.frames), str(place))
 
 
+def test_ids_may_be_any_integers(data: Dataset) -> None:
+    for root in (data.frames, data.captions):
+        path = root / SHARD
+        table = pq.read_table(path)
+        ids = pa.array(range(2**63, 2**63 + len(table)), pa.uint64())
+        rewrite(path, table.set_column(0, "frame_id", ids))
+    assert "unreadable" not in found(data)
+    reorder(data, [*range(7), *range(8, 20)])
+    assert "missing_row" in found(data)
+
+
 def test_nothing_to_verify_is_an_error_not_a_proof(tmp_path: Path) -> None:
     with pytest.raises(SettingsError):
         verify.verify(str(tmp_path / "none"), str(tmp_path))

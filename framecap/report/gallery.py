@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import posixpath
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from framecap.errors import ShardError, StorageError
+from framecap.errors import FrameError, ShardError
 from framecap.pipeline.listing import open_shard
+from framecap.pipeline.read import fetch
 from framecap.report.doubt import doubt, flags
 from framecap.report.thumbnails import thumbnail
 from framecap.schema import InputColumns
-from framecap.storage import read_bytes
+from framecap.storage import join
 
 SCORES = ("caption_logprob", "caption_min_logprob", "caption_tokens", "caption_similarity")
 _BATCH = 64
@@ -68,6 +73,12 @@ def to_page(shown: list[Shown], video_id: str) -> Iterator[list[Any]]:
         pictures += frame.thumbnail is not None
 
 
+def with_finite_scores(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with null for a score that is NaN or infinite: JSON has no word for those."""
+    broken = {name: None for name in SCORES if row[name] is not None and not math.isfinite(row[name])}
+    return row | broken if broken else row
+
+
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
@@ -83,13 +94,14 @@ def add_thumbnails(
     with ThreadPoolExecutor(_THREADS, "thumbnails") as threads:
         for shard, group in groupby(shown, key=lambda frame: frame.shard):
             wanted = {frame.number: frame for frame in group}
+            folder = posixpath.dirname(join(root, shard))
             try:
                 with open_shard(root, shard) as file:
                     for batch in _images(file, wanted, columns):
-                        for frame, small in threads.map(lambda pair: (pair[0], _small(pair[1], budget)), batch):
+                        for frame, small in threads.map(functools.partial(_with_small, folder, budget), batch):
                             frame.thumbnail = small
                         advance(len(batch))
-            except ShardError:
+            except (ShardError, pa.ArrowException, OSError):
                 continue  # the gallery shows the captions of a lost shard without pictures
 
 
@@ -118,12 +130,14 @@ def _images(
         start = stop
 
 
-def _small(source: bytes | str | dict[str, Any] | None, budget: int) -> str | None:
+def _with_small(
+    folder: str, budget: int, pair: tuple[Shown, bytes | str | dict[str, Any] | None]
+) -> tuple[Shown, str | None]:
+    """The frame and its picture; URIs are relative to ``folder``, that of the frame shard, as for the job."""
+    frame, source = pair
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
-        try:
-            source = read_bytes(source)
-        except (OSError, StorageError):
-            return None
-    return thumbnail(source, budget) if source else None
+        fetched = fetch(source, folder, retries=0)
+        source = None if isinstance(fetched, FrameError) else fetched
+    return frame, thumbnail(source, budget) if source else None

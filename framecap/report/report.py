@@ -25,7 +25,7 @@ from framecap.errors import SettingsError, ShardError
 from framecap.pipeline.listing import list_input, list_output, open_shard
 from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
-from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page
+from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page, with_finite_scores
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 _BATCH = 4096
@@ -172,8 +172,12 @@ def _survey(captions: str, shards: Iterable[str], against: str | None, options: 
                 if len(doubtful) > options.limit:
                     heapq.heappop(doubtful)
                 spread.add((shard, row_number))
-        except ShardError as error:
-            survey.unreadable[shard] = str(error)
+        except (ShardError, pa.ArrowException, OSError) as error:
+            survey.unreadable[shard] = " ".join(str(error).split())[:300]
+            # The figures count what could be read of it, the gallery leaves it out.
+            doubtful = [entry for entry in doubtful if entry[2][0] != shard]
+            heapq.heapify(doubtful)
+            spread.places = [place for place in spread.places if place[0] != shard]
     chosen = set(spread.places)
     if survey.figures.rows > options.limit:
         half = max(1, options.limit // 2)
@@ -221,7 +225,7 @@ def _rows(
             numbers = range(start, start + len(batch)) if wanted is None else wanted[first:last]
             chosen = batch if wanted is None else batch.take([number - start for number in numbers])
             for number, row in zip(numbers, chosen.to_pylist(), strict=True):
-                yield number, row, others.get(row[frame_id])
+                yield number, with_finite_scores(row), others.get(row[frame_id])
             start += len(batch)
 
 
@@ -230,9 +234,9 @@ def _others(against: str, shard: str, options: ReportOptions) -> dict[Any, dict[
     try:
         with open_shard(against, shard) as file:
             rows = file.read(columns=names).to_pylist()
-    except (ShardError, pa.ArrowException, FileNotFoundError):
+    except (ShardError, pa.ArrowException, OSError):
         return {}
-    return {row[options.columns.frame_id]: row for row in rows}
+    return {row[options.columns.frame_id]: with_finite_scores(row) for row in rows}
 
 
 def _shown(captions: str, places: list[Place], against: str | None, options: ReportOptions) -> Iterator[Shown]:

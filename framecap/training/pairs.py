@@ -66,7 +66,7 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
     except EvaluationError as error:
         raise TrainingError(str(error)) from error
     units: list[PairUnit] = []
-    split = settings.split_column
+    with_split: dict[str, bool] = {}
     for path in paths:
         try:
             with fs.open(path, "rb") as stream:
@@ -77,13 +77,19 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
         for column in (settings.image_column, settings.caption_column):
             if column not in names:
                 raise TrainingError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-        split = split if split in names else ""
+        with_split[path] = settings.split_column in names
         signature = mark(fs.info(path))
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             units.append(PairUnit(len(units), settings.pairs, path, group, rows, signature))
     if not sum(unit.rows for unit in units):
         raise TrainingError(f"{settings.pairs} holds no pairs; give Parquet with at least one row")
+    if len(set(with_split.values())) > 1:
+        lacks = next(path for path, has in with_split.items() if not has)
+        raise TrainingError(
+            f"{lacks} has no column {settings.split_column!r} and others do; add it, or name another --split-column"
+        )
+    split = settings.split_column if all(with_split.values()) else ""
     if split:
         check_split(Counter(_splits(fs, paths, split)), settings)
     return units, PairColumns(settings.image_column, settings.caption_column, split)
