@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", *FLOATS), help="auto: float16 on a GPU, else float32")
     add("--seed", type=int, default=0, help="of weights, frames and lengths (default: %(default)s)")
-    add("--json", metavar="FILE", help="write everything measured to FILE as JSON")
+    add("--json", metavar="FILE", help="write everything measured to FILE as JSON, after every stage")
     return parser.parse_args(argv)
 
 
@@ -68,17 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print; 0 done, 2 for settings that cannot be used."""
     arguments = parse(argv)
     try:
-        report = measure(arguments)
+        measure(arguments)
     except FramecapError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the stages, print the table as it grows and the sizing, and return what ``--json`` writes."""
+def measure(arguments: argparse.Namespace) -> None:
+    """Run the stages, print the table as it grows and the sizing; what ``--json`` names grows with it."""
     stages = chosen_stages(arguments.stages)
     torch.set_num_threads(arguments.threads)
     options = bench_options(arguments)
@@ -91,15 +89,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     captioner = arguments.captioner and Captioner.from_pretrained(arguments.captioner, options.device, options.dtype)
     bench = Bench(captioner or shape, options, watch, ceilings)
     rows: list[Row] = []
+
+    def keep() -> None:
+        if arguments.json:
+            report = json.dumps(as_json(rows, where, ceilings, vars(arguments)), indent=1, ensure_ascii=False)
+            Path(arguments.json).write_text(report + "\n", encoding="utf-8")
+
+    keep()  # a file that cannot be written is found now, not after all stages
     for stage in stages:
         print(f"{stage} …", file=sys.stderr, flush=True)
         found = STAGES[stage](bench) if stage in STAGES else job_rows(bench, arguments.captioner)
         print(format_table(found), flush=True)
         print()
         rows += found
+        keep()
     unit = "GPU" if options.device.type == "cuda" else f"{arguments.threads} CPU thread(s)"
     print(f"{format_sizing(sizing(rows), unit)}")
-    return as_json(rows, where, ceilings, vars(arguments))
 
 
 def chosen_stages(text: str) -> list[str]:

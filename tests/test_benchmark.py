@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 from framecap.bench import peers
 from framecap.bench.frames import make_frames
-from framecap.bench.measure import Contestant, Row, Stopwatch
+from framecap.bench.measure import Ceilings, Contestant, Row, Stopwatch, Work
 from framecap.bench.random_captioner import (
     DECODERS,
     ENCODERS,
@@ -30,6 +30,7 @@ from framecap.bench.random_captioner import (
 )
 from framecap.bench.roofline import encode_work, generate_work
 from framecap.bench.table import format_sizing, format_table, sizing
+from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import generate
 
@@ -200,6 +201,37 @@ def test_contestants_take_turns_and_a_different_result_shows() -> None:
     rows = Stopwatch(2, "wall", CPU).compare("stage", contestants)
     assert turns == ["ours", "theirs", "theirs", "ours"]
     assert [row.agreement for row in rows] == [1.0, 0.5]
+
+
+def test_a_peer_that_fails_gets_a_row_that_says_why_and_the_rest_goes_on() -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\n| Tried to allocate 20 GiB")
+
+    contestants = [
+        Contestant("framecap", 2, lambda: [1, 2], peer=False, result=list),
+        Contestant("theirs", 2, fail, result=list),
+        Contestant("others", 2, lambda: [1, 2], result=list),
+    ]
+    ours, theirs, others = Ceilings(1.0, 1.0).mark(Stopwatch(2, "wall", CPU).compare("stage", contestants), Work(1.0))
+    assert theirs.note == "failed: OutOfMemoryError: CUDA out of memory. / Tried to allocate 20 GiB"
+    assert (theirs.frames_per_second, theirs.ratio, theirs.seconds, theirs.agreement) == (None, None, (), None)
+    assert others.agreement == 1.0
+    assert len(others.seconds) == len(ours.seconds) == 2
+    assert "failed: OutOfMemoryError" in format_table([ours, theirs, others])
+
+
+def test_what_was_measured_is_kept_when_framecap_itself_fails(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(self: Captioner, pixels: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image")
+
+    monkeypatch.setattr(Captioner, "features", fail)
+    file = tmp_path / "report.json"
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        program.main([*FEW, "--stages", "decode,encode", "--json", str(file)])
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert {row["stage"].split()[0] for row in rows} == {"decode"}
 
 
 def test_operations_are_those_of_the_published_shapes() -> None:

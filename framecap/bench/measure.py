@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,12 +44,13 @@ class Contestant:
 class Row:
     """One line of the table. ``ratio``: framecap's frames/s (the stage's first row) over this row's, of the
     medians; ``agreement``: share of results equal to the first row's; ``roofline``: share of what the
-    ceilings allow; memory: peak of the process (or of the GPU) in MiB while it ran."""
+    ceilings allow; memory: peak of the process (or of the GPU) in MiB while it ran. A peer that failed has
+    none of these, no ``seconds``, and says why in its ``note``."""
 
     stage: str
     contestant: str
-    frames_per_second: float
-    ratio: float
+    frames_per_second: float | None
+    ratio: float | None
     seconds: tuple[float, ...]
     frames: int
     peer: bool
@@ -62,6 +65,7 @@ class _Log:
     seconds: list[float] = field(default_factory=list)
     peak: float | None = None
     result: Any = None
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,35 @@ class Stopwatch:
     device: torch.device
 
     def compare(self, stage: str, contestants: Sequence[Contestant]) -> list[Row]:
-        """``repeats`` rounds, each from another contestant on; on a GPU all run once before, to warm up."""
+        """``repeats`` rounds, each from another contestant on; on a GPU all run once before, to warm up.
+
+        A peer that raises, whatever its libraries do, is left out from there on and gets an empty row that says
+        why; what framecap's own raise is raised.
+        """
         logs = [_Log() for _ in contestants]
         if self.device.type == "cuda":
-            for contestant in contestants:
-                contestant.run()
+            for contestant, log in zip(contestants, logs, strict=True):
+                self._attempt(contestant, log)
+                log.seconds.clear()
         for turn in range(self.repeats):
             for place in range(len(contestants)):
                 index = (place + turn) % len(contestants)
-                self._time(contestants[index].run, logs[index])
+                self._attempt(contestants[index], logs[index])
         return [_row(stage, contestants, logs, index) for index in range(len(contestants))]
+
+    def _attempt(self, contestant: Contestant, log: _Log) -> None:
+        if log.failure:
+            return
+        try:
+            self._time(contestant.run, log)
+        except Exception as error:
+            if not contestant.peer:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())
+            log.failure = f"failed: {textwrap.shorten(reason, 120)}"
+        if log.failure:  # only here is the error gone, and with it what its traceback held
+            log.seconds, log.peak, log.result = [], None, None
+            _release(self.device)
 
     def _time(self, run: Callable[[], Any], log: _Log) -> None:
         now = CLOCKS[self.clock]
@@ -112,7 +135,8 @@ class Ceilings:
 
     def mark(self, rows: Sequence[Row], work: Work) -> list[Row]:
         """Rows with their share of the roofline, for frames that cost ``work`` each."""
-        return [replace(row, roofline=self.seconds(work) * row.frames_per_second) for row in rows]
+        least = self.seconds(work)
+        return [replace(row, roofline=row.frames_per_second and least * row.frames_per_second) for row in rows]
 
 
 def measure_ceilings(watch: Stopwatch, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
@@ -136,25 +160,39 @@ def _fastest(watch: Stopwatch, run: Callable[[], object], seconds: float) -> flo
 
 
 def _row(stage: str, contestants: Sequence[Contestant], logs: Sequence[_Log], index: int) -> Row:
-    contestant, log = contestants[index], logs[index]
-    rates = [c.frames / statistics.median(seen.seconds) for c, seen in zip(contestants, logs, strict=True)]
-    row = Row(
+    (first, contestant), (first_log, log) = (contestants[0], contestants[index]), (logs[0], logs[index])
+    rate, best = _rate(contestant, log), _rate(first, first_log)
+    return Row(
         stage=stage,
         contestant=contestant.name,
-        frames_per_second=rates[index],
-        ratio=rates[0] / rates[index],
+        frames_per_second=rate,
+        ratio=best / rate if best and rate else None,
         seconds=tuple(log.seconds),
         frames=contestant.frames,
         peer=contestant.peer,
         peak_mib=log.peak,
+        agreement=None if log.failure or first_log.failure else _agreement(first, first_log, contestant, log),
+        note=log.failure,
     )
-    if contestant.result is not None and contestants[0].result is not None:
-        ours, theirs = contestants[0].result(logs[0].result), contestant.result(log.result)
-        if contestant.subset is not None:
-            ours = [ours[place] for place in contestant.subset]
-        equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        row = replace(row, agreement=equal / len(ours))
-    return row
+
+
+def _rate(contestant: Contestant, log: _Log) -> float | None:
+    return contestant.frames / statistics.median(log.seconds) if log.seconds else None
+
+
+def _agreement(first: Contestant, first_log: _Log, contestant: Contestant, log: _Log) -> float | None:
+    if contestant.result is None or first.result is None:
+        return None
+    ours, theirs = first.result(first_log.result), contestant.result(log.result)
+    if contestant.subset is not None:
+        ours = [ours[place] for place in contestant.subset]
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _reset_peak(device: torch.device) -> None:

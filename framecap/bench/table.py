@@ -29,8 +29,8 @@ def format_table(rows: Sequence[Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.contestant,
-        _number(row.frames_per_second),
-        f"{row.ratio:.2f}×",
+        "" if row.frames_per_second is None else _number(row.frames_per_second),
+        "" if row.ratio is None else f"{row.ratio:.2f}×",
         "" if row.agreement is None else f"{row.agreement:.0%}",
         "" if row.roofline is None else f"{row.roofline:.0%}",
         "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
@@ -61,7 +61,7 @@ def sizing(rows: Sequence[Row]) -> dict[str, float]:
     best: dict[str, float] = {}
     for row in rows:
         kind = next((k for k in ("decode exact 720p", "encode", "generate greedy") if row.stage.startswith(k)), None)
-        if kind and row.contestant in ("framecap", "framecap, to uint8"):
+        if kind and row.frames_per_second and row.contestant in ("framecap", "framecap, to uint8"):
             best[kind] = max(best.get(kind, 0.0), row.frames_per_second)
     found: dict[str, float] = {}
     if {"encode", "generate greedy"} <= best.keys():
