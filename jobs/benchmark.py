@@ -24,7 +24,8 @@ import transformers
 
 from framecap.bench.measure import CLOCKS, Row, Stopwatch, measure_ceilings
 from framecap.bench.random_captioner import BRIDGES, DECODERS, ENCODERS, MAX_LENGTH, CaptionerShape
-from framecap.bench.stages import STAGES, Bench, BenchOptions
+from framecap.bench.stages import STAGES
+from framecap.bench.subject import Bench, BenchOptions
 from framecap.bench.table import as_json, format_sizing, format_table, sizing
 from framecap.errors import FramecapError, SettingsError
 from framecap.model.captioner import DTYPES, Captioner, choose_device, choose_dtype

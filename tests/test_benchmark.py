@@ -29,10 +29,12 @@ from framecap.bench.random_captioner import (
     random_prefixes,
 )
 from framecap.bench.roofline import encode_work, generate_work
-from framecap.bench.table import format_sizing, format_table, sizing
+from framecap.bench.stages import CLIPCAP, EIGHT_BITS
+from framecap.bench.table import OWN_ROWS, format_sizing, format_table, sizing
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import generate
+from framecap.model.generate import Generator, generate
+from framecap.model.rugpt import RuGpt
 
 PROGRAM = Path(__file__).parent.parent / "jobs" / "benchmark.py"
 TINY = ["--encoder", "tiny", "--decoder", "tiny", "--frames", "6", "--batches", "2,4", "--beam-frames", "2"]
@@ -83,6 +85,31 @@ def test_all_contestants_give_the_same_pixels_and_tokens(report: dict[str, Any])
         "Pillow + transformers CLIP + generate",
         "ClipCap's script",
     }
+
+
+def test_generation_is_compared_at_equal_batch_and_framecaps_own_choice_stands_once(report: dict[str, Any]) -> None:
+    def names(stage: str) -> list[str]:
+        return [row["contestant"] for row in report["rows"] if row["stage"] == stage]
+
+    few = ["framecap", "transformers.generate, dynamic cache", "transformers.generate, static cache"]
+    assert names("generate greedy, batch 2") == few
+    assert names("generate greedy, batch 4") == [*few, OWN_ROWS, EIGHT_BITS, CLIPCAP]
+    assert names("generate beam 5, batch 4") == [*few, OWN_ROWS, EIGHT_BITS]
+
+
+def test_framecap_stands_first_with_as_many_rows_as_the_batch(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int | None] = []
+
+    class Recorded(Generator):
+        def __init__(self, decoder: RuGpt, max_rows: int | None = None) -> None:
+            rows.append(max_rows)
+            super().__init__(decoder, max_rows)
+
+    monkeypatch.setattr("framecap.bench.stages.Generator", Recorded)
+    assert program.main([*FEW, "--stages", "generate", "--no-static-cache"]) == 0
+    assert rows == [2, 4, None, 4, 20, None, 20]  # greedy at 2, at 4 with its own choice and int8; beam 5 at 4
 
 
 def test_the_report_keeps_every_round_and_sizes_a_cluster(report: dict[str, Any]) -> None:
@@ -212,7 +239,8 @@ def test_a_peer_that_fails_gets_a_row_that_says_why_and_the_rest_goes_on() -> No
         Contestant("theirs", 2, fail, result=list),
         Contestant("others", 2, lambda: [1, 2], result=list),
     ]
-    ours, theirs, others = Ceilings(1.0, 1.0).mark(Stopwatch(2, "wall", CPU).compare("stage", contestants), Work(1.0))
+    found = Stopwatch(2, "wall", CPU).compare("stage", contestants)
+    ours, theirs, others = (Ceilings(1.0, 1.0).mark(row, Work(1.0)) for row in found)
     assert theirs.note == "failed: OutOfMemoryError: CUDA out of memory. / Tried to allocate 20 GiB"
     assert (theirs.frames_per_second, theirs.ratio, theirs.seconds, theirs.agreement) == (None, None, (), None)
     assert others.agreement == 1.0
@@ -250,7 +278,7 @@ def test_sizing_counts_the_cores_that_feed_a_device() -> None:
         row("encode, batch 512", "framecap", 1000.0),
         row("encode, batch 512", "transformers CLIP (SDPA)", 9000.0),
         row("generate greedy, batch 512", "framecap", 800.0),
-        row("generate greedy, batch 1024", "framecap", 1000.0),
+        row("generate greedy, batch 1024", OWN_ROWS, 1000.0),
     ]
     found = sizing(rows)
     assert found["frames_per_day"] == pytest.approx(500 * 86_400)

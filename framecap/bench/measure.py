@@ -133,10 +133,10 @@ class Ceilings:
         """The least time for ``work``."""
         return max(work.operations / self.operations, work.bytes / self.bytes)
 
-    def mark(self, rows: Sequence[Row], work: Work) -> list[Row]:
-        """Rows with their share of the roofline, for frames that cost ``work`` each."""
-        least = self.seconds(work)
-        return [replace(row, roofline=row.frames_per_second and least * row.frames_per_second) for row in rows]
+    def mark(self, row: Row, work: Work) -> Row:
+        """The row with its share of the roofline, for frames that cost ``work`` each."""
+        rate = row.frames_per_second
+        return row if rate is None else replace(row, roofline=self.seconds(work) * rate)
 
 
 def measure_ceilings(watch: Stopwatch, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:

@@ -2,129 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from framecap.bench import peers
-from framecap.bench.frames import SIZES, make_frames
-from framecap.bench.measure import Ceilings, Contestant, Row, Stopwatch
-from framecap.bench.random_captioner import ENCODERS, CaptionerShape, random_captioner, random_prefixes
+from framecap.bench.frames import SIZES
+from framecap.bench.measure import Contestant, Row, Work
+from framecap.bench.random_captioner import random_prefixes
 from framecap.bench.roofline import encode_work, generate_work
+from framecap.bench.subject import Bench
+from framecap.bench.table import OWN_ROWS
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import FrameBatch, Generator, generate_stream
-from framecap.model.images import Decode, crop_and_resize, normalise
-from framecap.model.packed import use_eight_bits
+from framecap.model.generate import MAX_ROWS, FrameBatch, Generator, generate_stream
+from framecap.model.images import Decode, normalise
 from framecap.model.ruclip import ImageFeatures
+from framecap.model.rugpt import RuGpt
 
 EIGHT_BITS = "framecap, int8 weights"
+CLIPCAP = "ClipCap's loop"
 DECODES: tuple[Decode, Decode] = ("exact", "fast")
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """How much to run. ``batches``: of ``generate``; the last also of the other stages."""
-
-    frames: int
-    batches: tuple[int, ...]
-    beam_frames: int
-    slow_frames: int
-    memory_frames: int
-    max_new_tokens: int
-    folder: str | None
-    static_cache: bool
-    device: torch.device
-    dtype: torch.dtype
-    seed: int = 0
-
-    @property
-    def batch(self) -> int:
-        return self.batches[-1]
-
-
-class Bench:
-    """A captioner, what its contestants share, and the stopwatch."""
-
-    def __init__(
-        self, captioner: Captioner | CaptionerShape, options: BenchOptions, watch: Stopwatch, ceilings: Ceilings
-    ) -> None:
-        self.options, self.watch, self.ceilings = options, watch, ceilings
-        self.random = isinstance(captioner, CaptionerShape)
-        if isinstance(captioner, CaptionerShape):
-            resolution = ENCODERS[captioner.encoder].image_resolution
-            sample = [crop_and_resize(frame, resolution) for frame in self.jpegs("720p", 8)]
-            pixels = torch.from_numpy(np.stack(sample))
-            captioner = random_captioner(captioner, pixels, options.device, options.dtype, options.seed)
-        self.captioner = captioner
-        self.encoder, self.decoder = captioner.encoder, captioner.decoder
-
-    @functools.cache  # noqa: B019 (one bench lives as long as the program)
-    def jpegs(self, size: str, count: int) -> list[bytes]:
-        return make_frames(count, SIZES[size], self.options.folder, self.options.seed)
-
-    @functools.cached_property
-    def eight_bits(self) -> Captioner | None:
-        """The same captioner with int8 weights, where that is possible."""
-        if self.options.device.type != "cpu" or self.options.dtype is not torch.float32:
-            return None
-        captioner = copy.deepcopy(self.captioner)
-        use_eight_bits(captioner.encoder)
-        use_eight_bits(captioner.decoder)
-        return captioner
-
-    @functools.cached_property
-    def gpt2(self) -> Any:
-        return peers.gpt2(self.decoder)
-
-    @functools.cached_property
-    def clip(self) -> Any:
-        return peers.clip_vision(self.encoder)
-
-    @functools.cached_property
-    def prefixes(self) -> Tensor:
-        """One prefix a frame: from the bridge for real weights, drawn for random ones."""
-        count = self.options.frames
-        if self.random:
-            length = self.captioner.config.bridge.prefix_length
-            return random_prefixes(self.decoder, count, length, self.options.seed)
-        pixels = np.stack(_crop(self, self.jpegs("720p", count), "exact"))
-        return self.bridge(self.captioner.features(pixels))
-
-    @torch.inference_mode()
-    def bridge(self, features: ImageFeatures) -> Tensor:
-        prefix, _ = self.captioner.bridge(features)
-        return prefix
-
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of each prefix's greedy caption, ``</s>`` not counted."""
-        return [len(tokens) for tokens in self.ours(self.prefixes, 1)]
-
-    def ours(self, prefixes: Tensor, beams: int, max_rows: int | None = None) -> list[list[int]]:
-        """Token ids by framecap, at most ``max_rows`` sequences at a time (None: its own choice)."""
-        return self.tokens(self.generator(max_rows), prefixes, beams)
-
-    def tokens(self, generator: Generator, prefixes: Tensor, beams: int) -> list[list[int]]:
-        """Token ids of each prefix's caption."""
-        options = DecodeOptions(num_beams=beams, max_new_tokens=self.options.max_new_tokens)
-        return [candidates[0].tokens for candidates in generator.generate(prefixes, None, options)]
-
-    @functools.cache  # noqa: B019 (see above): it keeps its CUDA graphs from one round to the next
-    def generator(self, max_rows: int | None) -> Generator:
-        return Generator(self.decoder, max_rows)
-
-    def typical(self, count: int) -> list[int]:
-        """Numbers of ``count`` frames whose captions have about the mean length of all."""
-        order = sorted(range(len(self.lengths)), key=lambda frame: self.lengths[frame])
-        count = min(count, len(order))
-        return sorted(order[int((place + 0.5) * len(order) / count)] for place in range(count))
 
 
 def decode_stage(bench: Bench) -> list[Row]:
@@ -133,15 +35,11 @@ def decode_stage(bench: Bench) -> list[Row]:
     for size in SIZES:
         frames = bench.jpegs(size, min(bench.options.frames, 16))
         rows += _decode(bench, frames, f"decode exact {size}", "exact")
-        exact, fast = (np.stack(_crop(bench, frames, decode)).astype(np.int16) for decode in DECODES)
+        exact, fast = (np.stack(bench.crop(frames, decode)).astype(np.int16) for decode in DECODES)
         note = f"mean difference from exact {np.abs(exact - fast).mean():.2f}/255"
         first, *others = _decode(bench, frames, f"decode fast {size}", "fast")
         rows += [replace(first, note=note), *(replace(row, agreement=None) for row in others)]
     return rows
-
-
-def _crop(bench: Bench, frames: list[bytes], decode: Decode) -> list[np.ndarray]:
-    return [crop_and_resize(frame, bench.captioner.resolution, decode) for frame in frames]
 
 
 def _decode(bench: Bench, frames: list[bytes], stage: str, decode: Decode) -> list[Row]:
@@ -151,7 +49,7 @@ def _decode(bench: Bench, frames: list[bytes], stage: str, decode: Decode) -> li
         return normalise(torch.from_numpy(np.stack(pixels)), config.mean, config.std)
 
     def ours() -> list[np.ndarray]:
-        return _crop(bench, frames, decode)
+        return bench.crop(frames, decode)
 
     def ours_as_floats() -> Tensor:
         return values(ours())
@@ -188,7 +86,8 @@ def encode_stage(bench: Bench) -> list[Row]:
     ]
     if (eight_bits := bench.eight_bits) is not None:
         contestants.append(Contestant(EIGHT_BITS, count, lambda: eight_bits.features(pixels), False))
-    return bench.ceilings.mark(bench.watch.compare(f"encode, batch {options.batch}", contestants), work)
+    rows = bench.watch.compare(f"encode, batch {options.batch}", contestants)
+    return [bench.ceilings.mark(row, work) for row in rows]
 
 
 def generate_stage(bench: Bench) -> list[Row]:
@@ -196,44 +95,53 @@ def generate_stage(bench: Bench) -> list[Row]:
     options = bench.options
     rows: list[Row] = []
     for batch in options.batches:
-        few = bench.typical(options.slow_frames) if batch == options.batch else []
-        rows += _generate(bench, f"greedy, batch {batch}", bench.prefixes, batch, 1, few)
+        rows += _generate(bench, f"greedy, batch {batch}", bench.prefixes, batch, 1)
     some = bench.prefixes[bench.typical(options.beam_frames)]
-    return rows + _generate(bench, f"beam 5, batch {options.batch}", some, options.batch, 5, [])
+    return rows + _generate(bench, f"beam 5, batch {options.batch}", some, options.batch, 5)
 
 
-def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int, few: list[int]) -> list[Row]:
+def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int) -> list[Row]:
+    """All with ``batch`` frames at a time; at the last batch also what has a number of its own."""
     options, count = bench.options, len(prefixes)
-    limit = options.max_new_tokens
     found: list[list[int]] = []
+    together: dict[str, int] = {}  # frames for which the weights are read at once, where it is not the batch
 
-    def ours(max_rows: int | None = None) -> list[list[int]]:
-        found[:] = bench.ours(prefixes, beams, max_rows)
-        return list(found)
+    def keep(tokens: list[list[int]]) -> list[list[int]]:
+        found[:] = tokens
+        return tokens
+
+    def ours(decoder: RuGpt, max_rows: int | None) -> Callable[[], list[list[int]]]:
+        generator = Generator(decoder, max_rows)  # it keeps its CUDA graphs from one round to the next
+        return functools.partial(bench.tokens, generator, prefixes, beams)
 
     def theirs(cache: str) -> list[list[int]]:
-        return peers.transformers_generate(bench.gpt2, prefixes, batch, beams, limit, cache)
+        return peers.transformers_generate(bench.gpt2, prefixes, batch, beams, options.max_new_tokens, cache)
 
-    contestants = [
-        Contestant("framecap", count, ours, False, list),
-        Contestant("framecap, as many rows", count, lambda: ours(batch * beams), False, list),
-    ]
+    contestants = [Contestant("framecap", count, ours(bench.decoder, batch * beams), False, keep)]
     for cache in ("dynamic", "static") if options.static_cache else ("dynamic",):
         name = f"transformers.generate, {cache} cache"
         contestants.append(Contestant(name, count, functools.partial(theirs, cache), result=list))
-    if bench.eight_bits is not None and batch == options.batch:
-        rounded = functools.partial(bench.tokens, Generator(bench.eight_bits.decoder), prefixes, beams)
-        contestants.append(Contestant(EIGHT_BITS, count, rounded, False, list))
-    if few:
-        loop = functools.partial(peers.clipcap_generate, bench.gpt2, prefixes[few], limit)
-        contestants.append(Contestant("ClipCap's loop", len(few), loop, result=list, subset=few))
+    if batch == options.batch:
+        together[OWN_ROWS] = max(1, MAX_ROWS[options.device.type] // beams)
+        contestants.append(Contestant(OWN_ROWS, count, ours(bench.decoder, None), False, list))
+        if bench.eight_bits is not None:
+            eight_bits = ours(bench.eight_bits.decoder, batch * beams)
+            contestants.append(Contestant(EIGHT_BITS, count, eight_bits, False, list))
+        if beams == 1:
+            few = bench.typical(options.slow_frames)
+            loop = functools.partial(peers.clipcap_generate, bench.gpt2, prefixes[few], options.max_new_tokens)
+            together[CLIPCAP] = 1
+            contestants.append(Contestant(CLIPCAP, len(few), loop, result=list, subset=few))
     rows = bench.watch.compare(f"generate {stage}", contestants)
     lengths = [len(tokens) for tokens in found]
     mean = sum(lengths) / count
     rows[0] = replace(rows[0], note=f"{mean:.1f} tokens on average, {max(lengths)} at most")
-    together, size = min(batch, count), options.dtype.itemsize
-    work = generate_work(bench.decoder.config, prefixes.shape[1], mean, together, beams, size)
-    return bench.ceilings.mark(rows, work)
+
+    def work(contestant: str) -> Work:
+        frames, size = min(together.get(contestant, batch), count), options.dtype.itemsize
+        return generate_work(bench.decoder.config, prefixes.shape[1], mean, frames, beams, size)
+
+    return [bench.ceilings.mark(row, work(row.contestant)) for row in rows]
 
 
 def captioner_stage(bench: Bench) -> list[Row]:
@@ -251,7 +159,7 @@ def captioner_stage(bench: Bench) -> list[Row]:
         return bench.bridge(ImageFeatures(pooled, pooled[:, None]))
 
     def ours(captioner: Captioner) -> list[str]:
-        pixels = np.stack(_crop(bench, frames, "exact"))
+        pixels = np.stack(bench.crop(frames))
         return [caption.text for caption in captioner.caption_pixels(pixels, greedy, similarity=False)]
 
     def theirs() -> list[str]:

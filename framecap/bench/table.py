@@ -9,6 +9,8 @@ from typing import Any
 from framecap.bench.measure import Ceilings, Row
 
 SECONDS_A_DAY = 86_400
+OWN_ROWS = "framecap, its own choice of rows"
+_SIZED = ("framecap", OWN_ROWS, "framecap, to uint8")
 _HEADINGS = ("stage", "contestant", "frames/s", "framecap is", "same result", "roofline", "peak MiB", "")
 
 
@@ -61,7 +63,7 @@ def sizing(rows: Sequence[Row]) -> dict[str, float]:
     best: dict[str, float] = {}
     for row in rows:
         kind = next((k for k in ("decode exact 720p", "encode", "generate greedy") if row.stage.startswith(k)), None)
-        if kind and row.frames_per_second and row.contestant in ("framecap", "framecap, to uint8"):
+        if kind and row.frames_per_second and row.contestant in _SIZED:
             best[kind] = max(best.get(kind, 0.0), row.frames_per_second)
     found: dict[str, float] = {}
     if {"encode", "generate greedy"} <= best.keys():

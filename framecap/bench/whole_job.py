@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framecap.bench.measure import Contestant, Row
-from framecap.bench.stages import Bench
+from framecap.bench.subject import Bench
 from framecap.errors import CaptionerError
 from framecap.model.bridge import BridgeConfig
 from framecap.model.captioner import BRIDGE_PREFIX, BRIDGE_WEIGHTS, Captioner

@@ -1,0 +1,118 @@
+"""What is measured: a captioner, how much of it, and what its contestants share."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from framecap.bench import peers
+from framecap.bench.frames import SIZES, make_frames
+from framecap.bench.measure import Ceilings, Stopwatch
+from framecap.bench.random_captioner import ENCODERS, CaptionerShape, random_captioner, random_prefixes
+from framecap.model.captioner import Captioner
+from framecap.model.decode_options import DecodeOptions
+from framecap.model.generate import Generator
+from framecap.model.images import Decode, crop_and_resize
+from framecap.model.packed import use_eight_bits
+from framecap.model.ruclip import ImageFeatures
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How much to run. ``batches``: of ``generate``; the last also of the other stages."""
+
+    frames: int
+    batches: tuple[int, ...]
+    beam_frames: int
+    slow_frames: int
+    memory_frames: int
+    max_new_tokens: int
+    folder: str | None
+    static_cache: bool
+    device: torch.device
+    dtype: torch.dtype
+    seed: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.batches[-1]
+
+
+class Bench:
+    """A captioner, what its contestants share, and the stopwatch."""
+
+    def __init__(
+        self, captioner: Captioner | CaptionerShape, options: BenchOptions, watch: Stopwatch, ceilings: Ceilings
+    ) -> None:
+        self.options, self.watch, self.ceilings = options, watch, ceilings
+        self.random = isinstance(captioner, CaptionerShape)
+        if isinstance(captioner, CaptionerShape):
+            resolution = ENCODERS[captioner.encoder].image_resolution
+            sample = [crop_and_resize(frame, resolution) for frame in self.jpegs("720p", 8)]
+            pixels = torch.from_numpy(np.stack(sample))
+            captioner = random_captioner(captioner, pixels, options.device, options.dtype, options.seed)
+        self.captioner = captioner
+        self.encoder, self.decoder = captioner.encoder, captioner.decoder
+
+    @functools.cache  # noqa: B019 (one bench lives as long as the program)
+    def jpegs(self, size: str, count: int) -> list[bytes]:
+        return make_frames(count, SIZES[size], self.options.folder, self.options.seed)
+
+    def crop(self, frames: list[bytes], decode: Decode = "exact") -> list[np.ndarray]:
+        """JPEG frames → uint8 [R, R, 3] each."""
+        return [crop_and_resize(frame, self.captioner.resolution, decode) for frame in frames]
+
+    @functools.cached_property
+    def eight_bits(self) -> Captioner | None:
+        """The same captioner with int8 weights, where that is possible."""
+        if self.options.device.type != "cpu" or self.options.dtype is not torch.float32:
+            return None
+        captioner = copy.deepcopy(self.captioner)
+        use_eight_bits(captioner.encoder)
+        use_eight_bits(captioner.decoder)
+        return captioner
+
+    @functools.cached_property
+    def gpt2(self) -> Any:
+        return peers.gpt2(self.decoder)
+
+    @functools.cached_property
+    def clip(self) -> Any:
+        return peers.clip_vision(self.encoder)
+
+    @functools.cached_property
+    def prefixes(self) -> Tensor:
+        """One prefix a frame: from the bridge for real weights, drawn for random ones."""
+        count = self.options.frames
+        if self.random:
+            length = self.captioner.config.bridge.prefix_length
+            return random_prefixes(self.decoder, count, length, self.options.seed)
+        pixels = np.stack(self.crop(self.jpegs("720p", count)))
+        return self.bridge(self.captioner.features(pixels))
+
+    @torch.inference_mode()
+    def bridge(self, features: ImageFeatures) -> Tensor:
+        prefix, _ = self.captioner.bridge(features)
+        return prefix
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each prefix's greedy caption, ``</s>`` not counted."""
+        return [len(tokens) for tokens in self.tokens(Generator(self.decoder), self.prefixes, 1)]
+
+    def tokens(self, generator: Generator, prefixes: Tensor, beams: int) -> list[list[int]]:
+        """Token ids of each prefix's caption."""
+        options = DecodeOptions(num_beams=beams, max_new_tokens=self.options.max_new_tokens)
+        return [candidates[0].tokens for candidates in generator.generate(prefixes, None, options)]
+
+    def typical(self, count: int) -> list[int]:
+        """Numbers of ``count`` frames whose captions have about the mean length of all."""
+        order = sorted(range(len(self.lengths)), key=lambda frame: self.lengths[frame])
+        count = min(count, len(order))
+        return sorted(order[int((place + 0.5) * len(order) / count)] for place in range(count))
