@@ -31,10 +31,15 @@ from framecap.errors import FramecapError, SettingsError
 from framecap.model.captioner import DTYPES, Captioner, choose_device, choose_dtype
 
 FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_floating_point]
-DEFAULT_STAGES = "decode,encode,generate,captioner"
+DEFAULT_STAGES = "decode,encode,generate,caption,captioner"
+CORES = len(os.sched_getaffinity(0))
 KNOWN_STAGES = (*STAGES, "job")
-# Frames, batches, frames of beam search, frames of ClipCap's loop, frames of the smaller memory run.
-AMOUNTS = {"cpu": (64, "8,32", 16, 8, 512), "cuda": (4096, "512,1024,2048", 2048, 8, 4096)}
+# Where a flag is not given.
+AMOUNTS = {
+    "cpu": {"frames": 64, "beam_frames": 16, "slow_frames": 8, "memory_frames": 512, "threads": 1},
+    "cuda": {"frames": 4096, "beam_frames": 2048, "slow_frames": 8, "memory_frames": 4096, "threads": CORES},
+}
+BATCHES = {"cpu": "8,32", "cuda": "512,1024,2048"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pictures", metavar="DIR", help="pictures to make JPEG frames of (default: drawn ones)")
     add("--no-static-cache", action="store_true", help="leave out transformers.generate with a static cache")
     add("--repeats", type=int, default=3, metavar="N", help="rounds; the medians count (default: %(default)s)")
-    add("--threads", type=int, default=1, metavar="N", help="torch threads on the CPU (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="CPU threads of torch and JPEG decoding (default: 1; GPU all cores)")
     add("--clock", default="wall", choices=CLOCKS, help="cpu: CPU seconds, for a machine in use (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", *FLOATS), help="auto: float16 on a GPU, else float32")
@@ -79,12 +84,12 @@ def main(argv: list[str] | None = None) -> int:
 def measure(arguments: argparse.Namespace) -> None:
     """Run the stages, print the table as it grows and the sizing; what ``--json`` names grows with it."""
     stages = chosen_stages(arguments.stages)
-    torch.set_num_threads(arguments.threads)
     options = bench_options(arguments)
+    torch.set_num_threads(options.threads)
     watch = Stopwatch(arguments.repeats, arguments.clock, options.device)
     ceilings = measure_ceilings(watch, options.dtype)
     where = machine(options.device)
-    print(f"{where['device']}, {options.dtype}, {arguments.threads} CPU thread(s), {where['date']}")
+    print(f"{where['device']}, {options.dtype}, {options.threads} CPU thread(s), {where['date']}")
     print(f"ceilings: {ceilings.operations / 1e9:,.0f} GFLOP/s, {ceilings.bytes / 1e9:,.0f} GB/s\n")
     shape = CaptionerShape(arguments.encoder, arguments.decoder, arguments.bridge)
     captioner = arguments.captioner and Captioner.from_pretrained(arguments.captioner, options.device, options.dtype)
@@ -104,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print()
         rows += found
         keep()
-    unit = "GPU" if options.device.type == "cuda" else f"{arguments.threads} CPU thread(s)"
+    unit = "GPU" if options.device.type == "cuda" else f"{options.threads} CPU thread(s)"
     print(f"{format_sizing(sizing(rows), unit)}")
 
 
@@ -122,20 +127,15 @@ def chosen_stages(text: str) -> list[str]:
 def bench_options(arguments: argparse.Namespace) -> BenchOptions:
     """Flags, with what suits the device where a flag was not given. Raises SettingsError."""
     device = choose_device(arguments.device)
-    frames, batches, beam_frames, slow_frames, memory_frames = AMOUNTS[device.type]
-    given = arguments.batches or batches
+    given = arguments.batches or BATCHES[device.type]
     try:
         sizes = tuple(int(size) for size in given.split(","))
     except ValueError:
         sizes = ()
-    amounts = {
-        "frames": arguments.frames or frames,
-        "beam_frames": arguments.beam_frames or beam_frames,
-        "slow_frames": arguments.slow_frames or slow_frames,
-        "memory_frames": arguments.memory_frames or memory_frames,
-        "max_new_tokens": arguments.max_new_tokens,
-    }
-    for name, value in {**amounts, "repeats": arguments.repeats, "threads": arguments.threads}.items():
+    flags = {name: getattr(arguments, name) for name in AMOUNTS[device.type]}
+    amounts = AMOUNTS[device.type] | {name: value for name, value in flags.items() if value is not None}
+    amounts["max_new_tokens"] = arguments.max_new_tokens
+    for name, value in {**amounts, "repeats": arguments.repeats}.items():
         if value < 1:
             raise SettingsError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     if not sizes or min(sizes) < 1:

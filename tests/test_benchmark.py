@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -11,13 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 from framecap.bench import peers
-from framecap.bench.frames import make_frames
+from framecap.bench.frames import PICTURES, make_frames
 from framecap.bench.measure import Ceilings, Contestant, Row, Stopwatch, Work
 from framecap.bench.random_captioner import (
     DECODERS,
@@ -29,11 +32,13 @@ from framecap.bench.random_captioner import (
     random_prefixes,
 )
 from framecap.bench.roofline import encode_work, generate_work
-from framecap.bench.stages import CLIPCAP, EIGHT_BITS
-from framecap.bench.table import OWN_ROWS, format_sizing, format_table, sizing
+from framecap.bench.stages import CLIPCAP
+from framecap.bench.subject import EIGHT_BITS, Bench, typical
+from framecap.bench.table import DECODING, OWN_ROWS, format_sizing, format_table, sizing
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import Generator, generate
+from framecap.model.images import Decode
 from framecap.model.rugpt import RuGpt
 
 PROGRAM = Path(__file__).parent.parent / "jobs" / "benchmark.py"
@@ -56,7 +61,7 @@ def program() -> ModuleType:
 @pytest.fixture(scope="module")
 def report(program: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("benchmark") / "report.json"
-    stages = "decode,encode,generate,captioner,memory"
+    stages = "decode,encode,generate,caption,captioner,memory"
     assert program.main([*FEW, "--stages", stages, "--clock", "cpu", "--json", str(file)]) == 0
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
@@ -66,8 +71,8 @@ def test_every_stage_is_measured_with_its_peers(report: dict[str, Any]) -> None:
     stages = {row["stage"] for row in report["rows"]}
     assert stages == {
         "decode exact 720p", "decode fast 720p", "decode exact 1080p", "decode fast 1080p", "encode, batch 4",
-        "generate greedy, batch 2", "generate greedy, batch 4", "generate beam 5, batch 4", "captioner, batch 4",
-        "memory of generation",
+        "generate greedy, batch 2", "generate greedy, batch 4", "generate beam 5, batch 4", "caption, batch 4",
+        "captioner, batch 4", "memory of generation",
     }  # fmt: skip
     with_peers = {row["stage"] for row in report["rows"] if row["peer"]}
     assert stages - with_peers == {"memory of generation"}
@@ -82,6 +87,7 @@ def test_all_contestants_give_the_same_pixels_and_tokens(report: dict[str, Any])
         "transformers.generate, dynamic cache",
         "transformers.generate, static cache",
         "ClipCap's loop",
+        "transformers CLIP + generate",
         "Pillow + transformers CLIP + generate",
         "ClipCap's script",
     }
@@ -91,10 +97,11 @@ def test_generation_is_compared_at_equal_batch_and_framecaps_own_choice_stands_o
     def names(stage: str) -> list[str]:
         return [row["contestant"] for row in report["rows"] if row["stage"] == stage]
 
-    few = ["framecap", "transformers.generate, dynamic cache", "transformers.generate, static cache"]
-    assert names("generate greedy, batch 2") == few
-    assert names("generate greedy, batch 4") == [*few, OWN_ROWS, EIGHT_BITS, CLIPCAP]
-    assert names("generate beam 5, batch 4") == [*few, OWN_ROWS, EIGHT_BITS]
+    both = ["framecap", "transformers.generate, dynamic cache"]
+    static = "transformers.generate, static cache"
+    assert names("generate greedy, batch 2") == both
+    assert names("generate greedy, batch 4") == [*both, static, OWN_ROWS, EIGHT_BITS, CLIPCAP]
+    assert names("generate beam 5, batch 4") == [*both, OWN_ROWS, EIGHT_BITS]
 
 
 def test_framecap_stands_first_with_as_many_rows_as_the_batch(
@@ -116,6 +123,7 @@ def test_the_report_keeps_every_round_and_sizes_a_cluster(report: dict[str, Any]
     assert all(len(row["seconds"]) == report["settings"]["repeats"] for row in report["rows"])
     assert report["sizing"].keys() == {
         "frames_per_second", "frames_per_day", "decoded_per_second_and_core", "cores_per_device",
+        "end_to_end_per_second", "end_to_end_share",
     }  # fmt: skip
 
 
@@ -152,7 +160,7 @@ def bare_machine(folder: Path) -> list[str]:
 
 def test_a_bare_pytorch_machine_runs_every_stage_but_the_job(tmp_path: Path) -> None:
     assert not MISSING & set(bare_machine(tmp_path))
-    stages = "decode,encode,generate,captioner,memory"
+    stages = "decode,encode,generate,caption,captioner,memory"
     arguments = ["benchmark.py", *FEW, "--stages", stages]
     code = f"import sys, runpy; sys.path.append({str(tmp_path)!r}); sys.argv[:] = {arguments!r};"
     code += f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
@@ -204,7 +212,7 @@ def test_frames_get_captions_of_different_lengths_whatever_the_bridge(
     file = tmp_path / "report.json"
     assert program.main([*FEW, "--bridge", bridge, "--stages", "captioner", "--json", str(file)]) == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    assert {row["agreement"] for row in rows} == {1.0}
+    assert {row["agreement"] for row in rows if row["contestant"] != DECODING} == {1.0}
 
 
 def test_clipcaps_loop_and_transformers_agree_with_three_beams_and_without() -> None:
@@ -286,6 +294,15 @@ def test_sizing_counts_the_cores_that_feed_a_device() -> None:
     assert "GPU: 500 frames/s, 43,200,000 frames per day" in format_sizing(found, "GPU")
     assert "CPU cores that feed GPU: 5" in format_sizing(found, "GPU")
     assert format_sizing(sizing(rows[:1]), "GPU") == ""
+    rows += [
+        row("caption, batch 512", "framecap", 800.0),
+        row("captioner, batch 512", DECODING, 600.0),
+        row("captioner, batch 512", "framecap", 540.0),
+    ]
+    found = sizing(rows)
+    assert found["frames_per_second"] == 800  # measured, not computed
+    assert found["end_to_end_share"] == pytest.approx(0.9)
+    assert "captions out: 540 frames/s, 90% of the slower" in format_sizing(found, "GPU")
     assert len(format_table(rows).splitlines()) == len(rows) + 2
 
 
@@ -294,3 +311,52 @@ def test_drawn_frames_differ_and_weigh_as_photographs_do() -> None:
     assert len(set(frames)) == 3
     bits = [8 * len(frame) / (640 * 360) for frame in frames]
     assert all(0.5 < b < 4 for b in bits)
+
+
+def test_many_frames_are_few_pictures_in_bytes_that_all_differ() -> None:
+    frames = make_frames(2 * PICTURES + 1, (64, 48))
+    assert len(set(frames)) == len(frames)
+    pictures = [np.asarray(Image.open(io.BytesIO(frame))) for frame in frames]
+    assert len({picture.tobytes() for picture in pictures}) == PICTURES
+    assert np.array_equal(pictures[0], pictures[PICTURES])
+    assert Image.open(io.BytesIO(frames[PICTURES])).info["comment"] == str(PICTURES).encode()
+
+
+def test_the_peers_transform_is_the_same_on_several_threads() -> None:
+    frames = make_frames(5, (64, 48))
+    mean, std = ENCODERS["tiny"].mean, ENCODERS["tiny"].std
+    one, three = (peers.ruclip_transform(frames, 32, mean, std, threads) for threads in (1, 3))
+    assert torch.equal(one, three)
+
+
+def test_the_captioner_decodes_on_as_many_threads_as_it_is_given_and_the_decode_stage_on_one(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, int]] = []
+    pooled, compare = Bench.crop, Stopwatch.compare
+
+    def crop(self: Bench, frames: list[bytes], decode: Decode = "exact", threads: int = 1) -> list[np.ndarray]:
+        seen.append((decode, threads))
+        return pooled(self, frames, decode, threads)
+
+    def watched(self: Stopwatch, stage: str, contestants: list[Contestant]) -> list[Row]:
+        seen.append((stage, torch.get_num_threads()))
+        return compare(self, stage, contestants)
+
+    monkeypatch.setattr(Bench, "crop", crop)
+    monkeypatch.setattr(Stopwatch, "compare", watched)
+    before = torch.get_num_threads()
+    try:
+        assert program.main([*FEW, "--threads", "2", "--stages", "decode,captioner"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert {threads for decode, threads in seen if decode == "fast"} == {1}
+    assert ("decode exact 720p", 1) in seen
+    assert ("captioner, batch 4", 2) in seen
+    assert ("exact", 2) in seen
+    assert "2 CPU thread(s)" in capsys.readouterr().out
+
+
+def test_typical_frames_have_short_and_long_captions_as_all_have() -> None:
+    assert typical([9, 1, 5, 3, 7, 2, 8, 4, 6, 40], 2) == [3, 6]
+    assert typical([3, 1, 2], 8) == [0, 1, 2]

@@ -11,24 +11,31 @@ from PIL import Image
 from framecap.errors import SettingsError
 
 JPEG_QUALITY = 85
+PICTURES = 64  # different ones; drawing one takes as long as decoding twenty
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080)}
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def make_frames(count: int, size: tuple[int, int], folder: str | None = None, seed: int = 0) -> list[bytes]:
-    """``count`` JPEG frames of ``size`` (width, height), all different.
+    """``count`` JPEG frames of ``size`` (width, height), whose bytes all differ; at most ``PICTURES`` pictures.
 
     Pictures come from ``folder`` (cut to the shape and scaled), or are drawn as noise of many scales, of
     about the same bytes per pixel as a photograph at this quality. Raises SettingsError for an empty folder.
     """
     paths = _pictures(folder) if folder else []
-    frames = []
-    for number in range(count):
-        picture = _fit(paths[number % len(paths)], size) if paths else _draw(size, seed + number)
+    pictures = []
+    for number in range(min(count, len(paths) or PICTURES, PICTURES)):
+        picture = _fit(paths[number], size) if paths else _draw(size, seed + number)
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, comment=str(number).encode())
-        frames.append(buffer.getvalue())
-    return frames
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        pictures.append(buffer.getvalue())
+    return [_with_comment(pictures[number % len(pictures)], str(number).encode()) for number in range(count)]
+
+
+def _with_comment(jpeg: bytes, comment: bytes) -> bytes:
+    """The same picture in other bytes: a comment segment behind the first segment, which is JFIF's header."""
+    end = 4 + int.from_bytes(jpeg[4:6], "big")
+    return jpeg[:end] + b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment + jpeg[end:]
 
 
 def _pictures(folder: str) -> list[Path]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -61,18 +62,24 @@ def clip_vision(encoder: RuClip) -> CLIPVisionModelWithProjection:
     return model.to(encoder.device, encoder.dtype).eval().requires_grad_(False)
 
 
-def ruclip_transform(frames: Sequence[bytes], resolution: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def ruclip_transform(
+    frames: Sequence[bytes], resolution: int, mean: Sequence[float], std: Sequence[float], threads: int = 1
+) -> Tensor:
     """Encoded frames → float32 [N, 3, R, R]: convert, centred square, resize, to tensor, normalise."""
     shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    tensors = []
-    for frame in frames:
+
+    def resized(frame: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(frame)).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-        image = image.resize((resolution, resolution), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        tensors.append(pixels.to(torch.float32).div(255).sub_(shift).div_(scale))
+        return image.resize((resolution, resolution), Image.Resampling.BILINEAR)
+
+    tensors = []
+    with ThreadPoolExecutor(threads) as pool:
+        for image in pool.map(resized, frames) if threads > 1 else map(resized, frames):
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+            tensors.append(pixels.to(torch.float32).div(255).sub_(shift).div_(scale))
     return torch.stack(tensors)
 
 

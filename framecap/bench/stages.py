@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,26 +11,30 @@ import torch
 from torch import Tensor
 
 from framecap.bench import peers
+from framecap.bench.captions import caption_stage, captioner_stage, memory_stage
 from framecap.bench.frames import SIZES
 from framecap.bench.measure import Contestant, Row, Work
-from framecap.bench.random_captioner import random_prefixes
 from framecap.bench.roofline import encode_work, generate_work
-from framecap.bench.subject import Bench
+from framecap.bench.subject import EIGHT_BITS, Bench, typical
 from framecap.bench.table import OWN_ROWS
-from framecap.model.captioner import Captioner
-from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import MAX_ROWS, FrameBatch, Generator, generate_stream
+from framecap.model.generate import MAX_ROWS, Generator
 from framecap.model.images import Decode, normalise
-from framecap.model.ruclip import ImageFeatures
 from framecap.model.rugpt import RuGpt
 
-EIGHT_BITS = "framecap, int8 weights"
 CLIPCAP = "ClipCap's loop"
 DECODES: tuple[Decode, Decode] = ("exact", "fast")
 
 
 def decode_stage(bench: Bench) -> list[Row]:
     """JPEG bytes → pixels, on one thread: exact and fast, at 1280×720 and 1920×1080."""
+    torch.set_num_threads(1)
+    try:
+        return _decode_sizes(bench)
+    finally:
+        torch.set_num_threads(bench.options.threads)
+
+
+def _decode_sizes(bench: Bench) -> list[Row]:
     rows = []
     for size in SIZES:
         frames = bench.jpegs(size, min(bench.options.frames, 16))
@@ -96,12 +100,13 @@ def generate_stage(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     for batch in options.batches:
         rows += _generate(bench, f"greedy, batch {batch}", bench.prefixes, batch, 1)
-    some = bench.prefixes[bench.typical(options.beam_frames)]
+    some = bench.prefixes[typical(bench.lengths, options.beam_frames)]
     return rows + _generate(bench, f"beam 5, batch {options.batch}", some, options.batch, 5)
 
 
 def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int) -> list[Row]:
-    """All with ``batch`` frames at a time; at the last batch also what has a number of its own."""
+    """All with ``batch`` frames at a time. At the last batch also what has a number of its own, or would take
+    long at each: a static cache, whose compiling takes a minute on a GPU (and there is no room for beams in it)."""
     options, count = bench.options, len(prefixes)
     found: list[list[int]] = []
     together: dict[str, int] = {}  # frames for which the weights are read at once, where it is not the batch
@@ -118,17 +123,18 @@ def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int
         return peers.transformers_generate(bench.gpt2, prefixes, batch, beams, options.max_new_tokens, cache)
 
     contestants = [Contestant("framecap", count, ours(bench.decoder, batch * beams), False, keep)]
-    for cache in ("dynamic", "static") if options.static_cache else ("dynamic",):
+    last = batch == options.batch
+    for cache in ("dynamic", "static") if options.static_cache and last and beams == 1 else ("dynamic",):
         name = f"transformers.generate, {cache} cache"
         contestants.append(Contestant(name, count, functools.partial(theirs, cache), result=list))
-    if batch == options.batch:
+    if last:
         together[OWN_ROWS] = max(1, MAX_ROWS[options.device.type] // beams)
         contestants.append(Contestant(OWN_ROWS, count, ours(bench.decoder, None), False, list))
         if bench.eight_bits is not None:
             eight_bits = ours(bench.eight_bits.decoder, batch * beams)
             contestants.append(Contestant(EIGHT_BITS, count, eight_bits, False, list))
         if beams == 1:
-            few = bench.typical(options.slow_frames)
+            few = typical(bench.lengths, options.slow_frames)
             loop = functools.partial(peers.clipcap_generate, bench.gpt2, prefixes[few], options.max_new_tokens)
             together[CLIPCAP] = 1
             contestants.append(Contestant(CLIPCAP, len(few), loop, result=list, subset=few))
@@ -144,73 +150,11 @@ def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int
     return [bench.ceilings.mark(row, work(row.contestant)) for row in rows]
 
 
-def captioner_stage(bench: Bench) -> list[Row]:
-    """JPEG bytes in, captions out: framecap, Pillow + transformers in batches, and ClipCap's script."""
-    options, size = bench.options, "720p"
-    count, limit = options.frames, options.max_new_tokens
-    frames = bench.jpegs(size, count)
-    few = list(range(min(options.slow_frames, count)))
-    greedy = DecodeOptions(max_new_tokens=limit)
-    config = bench.encoder.config
-
-    def prefixes(part: Sequence[bytes], batch: int) -> Tensor:
-        values = peers.ruclip_transform(part, config.image_resolution, config.mean, config.std)
-        pooled = peers.clip_features(bench.clip, values.to(options.device), batch)
-        return bench.bridge(ImageFeatures(pooled, pooled[:, None]))
-
-    def ours(captioner: Captioner) -> list[str]:
-        pixels = np.stack(bench.crop(frames))
-        return [caption.text for caption in captioner.caption_pixels(pixels, greedy, similarity=False)]
-
-    def theirs() -> list[str]:
-        tokens: list[list[int]] = []
-        for start in range(0, count, options.batch):
-            part = prefixes(frames[start : start + options.batch], options.batch)
-            tokens += peers.transformers_generate(bench.gpt2, part, options.batch, 1, limit)
-        return [bench.decoder.tokenizer.decode(ids) for ids in tokens]
-
-    def script() -> list[str]:
-        found = []
-        for place in few:
-            [ids] = peers.clipcap_generate(bench.gpt2, prefixes(frames[place : place + 1], 1), limit)
-            found.append(bench.decoder.tokenizer.decode(ids))
-        return found
-
-    contestants = [
-        Contestant("framecap", count, functools.partial(ours, bench.captioner), False, result=list),
-        Contestant("Pillow + transformers CLIP + generate", count, theirs, result=list),
-        Contestant("ClipCap's script", len(few), script, result=list, subset=few),
-    ]
-    if bench.eight_bits is not None:
-        rounded = functools.partial(ours, bench.eight_bits)
-        contestants.append(Contestant(EIGHT_BITS, count, rounded, False, result=list))
-    return bench.watch.compare(f"captioner, batch {options.batch}", contestants)
-
-
-def memory_stage(bench: Bench) -> list[Row]:
-    """Peak memory of generating for 512 frames and for eight times as many; frames come as they are needed."""
-    options, length = bench.options, bench.captioner.config.bridge.prefix_length
-
-    def batches(frames: int) -> Iterator[FrameBatch]:
-        for start in range(0, frames, 64):
-            prefix = random_prefixes(bench.decoder, min(64, frames - start), length, start)
-            yield FrameBatch(prefix, None, [0] * len(prefix))
-
-    def run(frames: int) -> int:
-        short = DecodeOptions(max_new_tokens=min(4, options.max_new_tokens))
-        return sum(1 for _ in generate_stream(bench.decoder, batches(frames), short, options.batch))
-
-    sizes = (options.memory_frames, 8 * options.memory_frames)
-    contestants = [
-        Contestant(f"framecap, {frames} frames", frames, functools.partial(run, frames), False) for frames in sizes
-    ]
-    return replace(bench.watch, repeats=1).compare("memory of generation", contestants)
-
-
 STAGES: dict[str, Callable[[Bench], list[Row]]] = {
     "decode": decode_stage,
     "encode": encode_stage,
     "generate": generate_stage,
+    "caption": caption_stage,
     "captioner": captioner_stage,
     "memory": memory_stage,
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +17,27 @@ from framecap.bench import peers
 from framecap.bench.frames import SIZES, make_frames
 from framecap.bench.measure import Ceilings, Stopwatch
 from framecap.bench.random_captioner import ENCODERS, CaptionerShape, random_captioner, random_prefixes
-from framecap.model.captioner import Captioner
+from framecap.model.captioner import Caption, Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import Generator
 from framecap.model.images import Decode, crop_and_resize
 from framecap.model.packed import use_eight_bits
 from framecap.model.ruclip import ImageFeatures
 
+EIGHT_BITS = "framecap, int8 weights"
+
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How much to run. ``batches``: of ``generate``; the last also of the other stages."""
+    """How much to run. ``batches``: of ``generate``; the last also of the other stages. ``threads``: torch's on
+    the CPU, and of JPEG decoding in ``captioner``."""
 
     frames: int
     batches: tuple[int, ...]
     beam_frames: int
     slow_frames: int
     memory_frames: int
+    threads: int
     max_new_tokens: int
     folder: str | None
     static_cache: bool
@@ -64,9 +70,24 @@ class Bench:
     def jpegs(self, size: str, count: int) -> list[bytes]:
         return make_frames(count, SIZES[size], self.options.folder, self.options.seed)
 
-    def crop(self, frames: list[bytes], decode: Decode = "exact") -> list[np.ndarray]:
+    def crop(self, frames: Sequence[bytes], decode: Decode = "exact", threads: int = 1) -> list[np.ndarray]:
         """JPEG frames → uint8 [R, R, 3] each."""
-        return [crop_and_resize(frame, self.captioner.resolution, decode) for frame in frames]
+
+        def cropped(frame: bytes) -> np.ndarray:
+            return crop_and_resize(frame, self.captioner.resolution, decode)
+
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(cropped, frames) if threads > 1 else map(cropped, frames))
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """All frames of 1280×720 as the encoder takes them: uint8 [N, R, R, 3]."""
+        return np.stack(self.crop(self.jpegs("720p", self.options.frames), threads=self.options.threads))
+
+    def caption_pixels(self, captioner: Captioner) -> list[Caption]:
+        """Greedy captions of ``pixels``, as the job makes them but for the similarity."""
+        greedy, seeds = DecodeOptions(max_new_tokens=self.options.max_new_tokens), [0] * len(self.pixels)
+        return captioner.caption_pixels(self.pixels, greedy, seeds, similarity=False)
 
     @functools.cached_property
     def eight_bits(self) -> Captioner | None:
@@ -89,12 +110,10 @@ class Bench:
     @functools.cached_property
     def prefixes(self) -> Tensor:
         """One prefix a frame: from the bridge for real weights, drawn for random ones."""
-        count = self.options.frames
         if self.random:
             length = self.captioner.config.bridge.prefix_length
-            return random_prefixes(self.decoder, count, length, self.options.seed)
-        pixels = np.stack(self.crop(self.jpegs("720p", count)))
-        return self.bridge(self.captioner.features(pixels))
+            return random_prefixes(self.decoder, self.options.frames, length, self.options.seed)
+        return self.bridge(self.captioner.features(self.pixels))
 
     @torch.inference_mode()
     def bridge(self, features: ImageFeatures) -> Tensor:
@@ -106,13 +125,19 @@ class Bench:
         """Tokens of each prefix's greedy caption, ``</s>`` not counted."""
         return [len(tokens) for tokens in self.tokens(Generator(self.decoder), self.prefixes, 1)]
 
+    @functools.cached_property
+    def caption_lengths(self) -> list[int]:
+        """The same of ``pixels``."""
+        return [caption.tokens for caption in self.caption_pixels(self.captioner)]
+
     def tokens(self, generator: Generator, prefixes: Tensor, beams: int) -> list[list[int]]:
         """Token ids of each prefix's caption."""
         options = DecodeOptions(num_beams=beams, max_new_tokens=self.options.max_new_tokens)
         return [candidates[0].tokens for candidates in generator.generate(prefixes, None, options)]
 
-    def typical(self, count: int) -> list[int]:
-        """Numbers of ``count`` frames whose captions have about the mean length of all."""
-        order = sorted(range(len(self.lengths)), key=lambda frame: self.lengths[frame])
-        count = min(count, len(order))
-        return sorted(order[int((place + 0.5) * len(order) / count)] for place in range(count))
+
+def typical(lengths: Sequence[int], count: int) -> list[int]:
+    """Numbers of ``count`` frames (at most all) whose captions are as long and as short as those of all."""
+    order = sorted(range(len(lengths)), key=lambda frame: lengths[frame])
+    count = min(count, len(order))
+    return sorted(order[int((place + 0.5) * len(order) / count)] for place in range(count))

@@ -10,7 +10,16 @@ from framecap.bench.measure import Ceilings, Row
 
 SECONDS_A_DAY = 86_400
 OWN_ROWS = "framecap, its own choice of rows"
-_SIZED = ("framecap", OWN_ROWS, "framecap, to uint8")
+DECODING = "framecap, JPEG decoding alone"
+# What the sizing reads: how the stage begins, and whose figures count.
+_SIZED = {
+    "core": ("decode exact 720p", ("framecap, to uint8",)),
+    "encode": ("encode,", ("framecap",)),
+    "generate": ("generate greedy,", ("framecap", OWN_ROWS)),
+    "caption": ("caption,", ("framecap",)),
+    "decoding": ("captioner,", (DECODING,)),
+    "captioner": ("captioner,", ("framecap",)),
+}
 _HEADINGS = ("stage", "contestant", "frames/s", "framecap is", "same result", "roofline", "peak MiB", "")
 
 
@@ -59,21 +68,32 @@ def as_json(
 
 def sizing(rows: Sequence[Row]) -> dict[str, float]:
     """Frames per second and day of one device (encoding and greedy generation, at the best batch), and the
-    CPU cores whose exact decoding of 1280×720 frames feeds it. Only what the measured stages tell."""
+    CPU cores whose exact decoding of 1280×720 frames feeds it; what a captioner makes of JPEG frames, and its
+    share of the slower of its two halves. Only what the measured stages tell."""
     best: dict[str, float] = {}
     for row in rows:
-        kind = next((k for k in ("decode exact 720p", "encode", "generate greedy") if row.stage.startswith(k)), None)
-        if kind and row.frames_per_second and row.contestant in _SIZED:
+        kind = next((kind for kind, (stage, names) in _SIZED.items() if _is(row, stage, names)), None)
+        if kind and row.frames_per_second:
             best[kind] = max(best.get(kind, 0.0), row.frames_per_second)
     found: dict[str, float] = {}
-    if {"encode", "generate greedy"} <= best.keys():
-        rate = 1 / (1 / best["encode"] + 1 / best["generate greedy"])
+    rate = best.get("caption")
+    if rate is None and {"encode", "generate"} <= best.keys():
+        rate = 1 / (1 / best["encode"] + 1 / best["generate"])
+    if rate is not None:
         found = {"frames_per_second": rate, "frames_per_day": rate * SECONDS_A_DAY}
-    if "decode exact 720p" in best:
-        found["decoded_per_second_and_core"] = best["decode exact 720p"]
-        if "frames_per_second" in found:
-            found["cores_per_device"] = found["frames_per_second"] / best["decode exact 720p"]
+    if "core" in best:
+        found["decoded_per_second_and_core"] = best["core"]
+        if rate is not None:
+            found["cores_per_device"] = rate / best["core"]
+    if "captioner" in best:
+        found["end_to_end_per_second"] = best["captioner"]
+        if "caption" in best:
+            found["end_to_end_share"] = best["captioner"] / min(best["caption"], best["decoding"])
     return found
+
+
+def _is(row: Row, stage: str, contestants: Sequence[str]) -> bool:
+    return row.stage.startswith(stage) and row.contestant in contestants
 
 
 def format_sizing(found: dict[str, float], device: str) -> str:
@@ -82,11 +102,16 @@ def format_sizing(found: dict[str, float], device: str) -> str:
     if "frames_per_day" in found:
         lines.append(
             f"{device}: {_number(found['frames_per_second'])} frames/s, "
-            f"{found['frames_per_day']:,.0f} frames per day (encoding and greedy generation, one after the other)."
+            f"{found['frames_per_day']:,.0f} frames per day (encoding and greedy generation)."
         )
     if "cores_per_device" in found:
         lines.append(
             f"CPU cores that feed {device}: {found['cores_per_device']:.2g}, at "
             f"{_number(found['decoded_per_second_and_core'])} JPEG frames (1280×720, exact) per second and core."
+        )
+    if "end_to_end_share" in found:
+        lines.append(
+            f"JPEG frames in, captions out: {_number(found['end_to_end_per_second'])} frames/s, "
+            f"{found['end_to_end_share']:.0%} of the slower of JPEG decoding and captioning alone."
         )
     return "\n".join(lines)
