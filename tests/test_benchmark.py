@@ -33,9 +33,9 @@ from framecap.bench.random_captioner import (
 )
 from framecap.bench.roofline import encode_work, generate_work
 from framecap.bench.stages import CLIPCAP
-from framecap.bench.subject import EIGHT_BITS, Bench, typical
+from framecap.bench.subject import EIGHT_BITS, NO_PEERS, Bench, typical
 from framecap.bench.table import DECODING, OWN_ROWS, format_sizing, format_table, sizing
-from framecap.model.captioner import Captioner
+from framecap.model.captioner import Captioner, bundled_captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import Generator, generate
 from framecap.model.images import Decode
@@ -100,7 +100,7 @@ def test_generation_is_compared_at_equal_batch_and_framecaps_own_choice_stands_o
     both = ["framecap", "transformers.generate, dynamic cache"]
     static = "transformers.generate, static cache"
     assert names("generate greedy, batch 2") == both
-    assert names("generate greedy, batch 4") == [*both, static, OWN_ROWS, EIGHT_BITS, CLIPCAP]
+    assert names("generate greedy, batch 4") == [*both, static, CLIPCAP, OWN_ROWS, EIGHT_BITS]
     assert names("generate beam 5, batch 4") == [*both, OWN_ROWS, EIGHT_BITS]
 
 
@@ -213,6 +213,29 @@ def test_frames_get_captions_of_different_lengths_whatever_the_bridge(
     assert program.main([*FEW, "--bridge", bridge, "--stages", "captioner", "--json", str(file)]) == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert {row["agreement"] for row in rows if row["contestant"] != DECODING} == {1.0}
+
+
+def test_a_captioner_with_a_memory_is_measured_without_peers_that_cannot_read_it(
+    program: ModuleType, tmp_path: Path
+) -> None:
+    file, stages = tmp_path / "report.json", "encode,generate,caption,captioner"
+    real = ["--captioner", bundled_captioner(), "--stages", stages, "--json", str(file)]
+    assert program.main([*FEW, *real]) == 0
+    rows = [row for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if row["stage"] != "encode, batch 4"]
+    assert not [row for row in rows if row["peer"]]
+    firsts = [row for row in rows if row["contestant"] == "framecap"]
+    assert len(firsts) == 5
+    assert all(NO_PEERS in row["note"] for row in firsts)
+
+
+def test_a_real_captioner_is_compared_with_its_peers(
+    program: ModuleType, tiny_captioner_dir: Path, tmp_path: Path
+) -> None:
+    file, stages = tmp_path / "report.json", "generate,caption,captioner"
+    real = ["--captioner", str(tiny_captioner_dir), "--stages", stages, "--json", str(file)]
+    assert program.main([*FEW, *real]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert {row["agreement"] for row in rows if row["peer"]} == {1.0}
 
 
 def test_clipcaps_loop_and_transformers_agree_with_three_beams_and_without() -> None:

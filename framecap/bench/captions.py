@@ -13,8 +13,9 @@ from torch import Tensor
 from framecap.bench import peers
 from framecap.bench.measure import Contestant, Row
 from framecap.bench.random_captioner import random_prefixes
-from framecap.bench.subject import EIGHT_BITS, Bench, typical
+from framecap.bench.subject import EIGHT_BITS, NO_PEERS, Bench, typical
 from framecap.bench.table import DECODING
+from framecap.errors import BridgeMismatchError
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import FrameBatch, generate_stream
@@ -34,14 +35,13 @@ def caption_stage(bench: Bench) -> list[Row]:
     def theirs() -> list[str]:
         return _by_transformers(bench, normalise(chosen.to(options.device), config.mean, config.std, options.dtype))
 
-    contestants = [
-        Contestant("framecap", count, functools.partial(ours, bench.captioner), False, result=list),
-        Contestant("transformers CLIP + generate", len(some), theirs, result=list, subset=some),
-    ]
+    contestants = [Contestant("framecap", count, functools.partial(ours, bench.captioner), False, result=list)]
+    if bench.has_peers:
+        contestants.append(Contestant("transformers CLIP + generate", len(some), theirs, result=list, subset=some))
     if bench.eight_bits is not None:
         rounded = functools.partial(ours, bench.eight_bits)
         contestants.append(Contestant(EIGHT_BITS, count, rounded, False, result=list))
-    return bench.watch.compare(f"caption, batch {options.batch}", contestants)
+    return _compare(bench, "caption", contestants)
 
 
 def captioner_stage(bench: Bench) -> list[Row]:
@@ -73,27 +73,32 @@ def captioner_stage(bench: Bench) -> list[Row]:
             found += peers.clipcap_generate(bench.gpt2, prefix, options.max_new_tokens)
         return [bench.decoder.tokenizer.decode(ids) for ids in found]
 
-    contestants = [
-        Contestant("framecap", len(frames), functools.partial(ours, bench.captioner), False, result=list),
-        Contestant(
-            "Pillow + transformers CLIP + generate",
-            len(some),
-            lambda: _by_transformers(bench, values(some)),
-            result=list,
-            subset=some,
-        ),
-        Contestant("ClipCap's script", len(few), script, result=list, subset=few),
-        Contestant(DECODING, len(frames), pixels, False),
-    ]
+    def theirs() -> list[str]:
+        return _by_transformers(bench, values(some))
+
+    contestants = [Contestant("framecap", len(frames), functools.partial(ours, bench.captioner), False, result=list)]
+    if bench.has_peers:
+        name = "Pillow + transformers CLIP + generate"
+        contestants.append(Contestant(name, len(some), theirs, result=list, subset=some))
+        contestants.append(Contestant("ClipCap's script", len(few), script, result=list, subset=few))
+    contestants.append(Contestant(DECODING, len(frames), pixels, False))
     if bench.eight_bits is not None:
         rounded = functools.partial(ours, bench.eight_bits)
         contestants.append(Contestant(EIGHT_BITS, len(frames), rounded, False, result=list))
-    return bench.watch.compare(f"captioner, batch {options.batch}", contestants)
+    return _compare(bench, "captioner", contestants)
+
+
+def _compare(bench: Bench, stage: str, contestants: list[Contestant]) -> list[Row]:
+    first, *others = bench.watch.compare(f"{stage}, batch {bench.options.batch}", contestants)
+    return [replace(first, note="" if bench.has_peers else NO_PEERS), *others]
 
 
 def _prefixes(bench: Bench, values: Tensor) -> Tensor:
     pooled = peers.clip_features(bench.clip, values, bench.options.batch)
-    return bench.bridge(ImageFeatures(pooled, pooled[:, None]))
+    prefix, _ = bench.bridge(ImageFeatures(pooled, pooled[:, None]))
+    if prefix is None:
+        raise BridgeMismatchError("the bridge gave no prefix; transformers' GPT-2 reads nothing else.")
+    return prefix
 
 
 def _by_transformers(bench: Bench, values: Tensor) -> list[str]:

@@ -15,9 +15,9 @@ from framecap.bench.captions import caption_stage, captioner_stage, memory_stage
 from framecap.bench.frames import SIZES
 from framecap.bench.measure import Contestant, Row, Work
 from framecap.bench.roofline import encode_work, generate_work
-from framecap.bench.subject import EIGHT_BITS, Bench, typical
+from framecap.bench.subject import EIGHT_BITS, NO_PEERS, Bench, pick, typical
 from framecap.bench.table import OWN_ROWS
-from framecap.model.generate import MAX_ROWS, Generator
+from framecap.model.generate import MAX_ROWS, FrameBatch, Generator
 from framecap.model.images import Decode, normalise
 from framecap.model.rugpt import RuGpt
 
@@ -95,21 +95,19 @@ def encode_stage(bench: Bench) -> list[Row]:
 
 
 def generate_stage(bench: Bench) -> list[Row]:
-    """Prefixes → captions, greedy and with five beams."""
+    """What the bridge gives → captions, greedy and with five beams."""
     options = bench.options
     rows: list[Row] = []
     for batch in options.batches:
-        rows += _generate(bench, f"greedy, batch {batch}", bench.prefixes, batch, 1)
-    some = bench.prefixes[typical(bench.lengths, options.beam_frames)]
+        rows += _generate(bench, f"greedy, batch {batch}", bench.inputs, batch, 1)
+    some = pick(bench.inputs, typical(bench.lengths, options.beam_frames))
     return rows + _generate(bench, f"beam 5, batch {options.batch}", some, options.batch, 5)
 
 
-def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int) -> list[Row]:
-    """All with ``batch`` frames at a time. At the last batch also what has a number of its own, or would take
-    long at each: a static cache, whose compiling takes a minute on a GPU (and there is no room for beams in it)."""
-    options, count = bench.options, len(prefixes)
+def _generate(bench: Bench, stage: str, inputs: FrameBatch, batch: int, beams: int) -> list[Row]:
+    """All with ``batch`` frames at a time; at the last batch also framecap with its own choice and with int8."""
+    options, count, last = bench.options, len(inputs.seeds), batch == bench.options.batch
     found: list[list[int]] = []
-    together: dict[str, int] = {}  # frames for which the weights are read at once, where it is not the batch
 
     def keep(tokens: list[list[int]]) -> list[list[int]]:
         found[:] = tokens
@@ -117,37 +115,52 @@ def _generate(bench: Bench, stage: str, prefixes: Tensor, batch: int, beams: int
 
     def ours(decoder: RuGpt, max_rows: int | None) -> Callable[[], list[list[int]]]:
         generator = Generator(decoder, max_rows)  # it keeps its CUDA graphs from one round to the next
-        return functools.partial(bench.tokens, generator, prefixes, beams)
-
-    def theirs(cache: str) -> list[list[int]]:
-        return peers.transformers_generate(bench.gpt2, prefixes, batch, beams, options.max_new_tokens, cache)
+        return functools.partial(bench.tokens, generator, inputs, beams)
 
     contestants = [Contestant("framecap", count, ours(bench.decoder, batch * beams), False, keep)]
-    last = batch == options.batch
-    for cache in ("dynamic", "static") if options.static_cache and last and beams == 1 else ("dynamic",):
-        name = f"transformers.generate, {cache} cache"
-        contestants.append(Contestant(name, count, functools.partial(theirs, cache), result=list))
+    if inputs.prefix is not None:
+        contestants += _generating_peers(bench, inputs.prefix, batch, beams)
     if last:
-        together[OWN_ROWS] = max(1, MAX_ROWS[options.device.type] // beams)
         contestants.append(Contestant(OWN_ROWS, count, ours(bench.decoder, None), False, list))
-        if bench.eight_bits is not None:
-            eight_bits = ours(bench.eight_bits.decoder, batch * beams)
-            contestants.append(Contestant(EIGHT_BITS, count, eight_bits, False, list))
-        if beams == 1:
-            few = typical(bench.lengths, options.slow_frames)
-            loop = functools.partial(peers.clipcap_generate, bench.gpt2, prefixes[few], options.max_new_tokens)
-            together[CLIPCAP] = 1
-            contestants.append(Contestant(CLIPCAP, len(few), loop, result=list, subset=few))
+    if last and bench.eight_bits is not None:
+        eight_bits = ours(bench.eight_bits.decoder, batch * beams)
+        contestants.append(Contestant(EIGHT_BITS, count, eight_bits, False, list))
     rows = bench.watch.compare(f"generate {stage}", contestants)
     lengths = [len(tokens) for tokens in found]
     mean = sum(lengths) / count
-    rows[0] = replace(rows[0], note=f"{mean:.1f} tokens on average, {max(lengths)} at most")
+    note = f"{mean:.1f} tokens on average, {max(lengths)} at most"
+    if inputs.prefix is None:  # nor are attention's operations over a memory counted
+        return [replace(rows[0], note=f"{note}; {NO_PEERS}"), *rows[1:]]
+    rows[0] = replace(rows[0], note=note)
+    prefix = inputs.prefix.shape[1]
+    # Frames for which the weights are read at once, where it is not the batch.
+    together = {OWN_ROWS: max(1, MAX_ROWS[options.device.type] // beams), CLIPCAP: 1}
 
     def work(contestant: str) -> Work:
         frames, size = min(together.get(contestant, batch), count), options.dtype.itemsize
-        return generate_work(bench.decoder.config, prefixes.shape[1], mean, frames, beams, size)
+        return generate_work(bench.decoder.config, prefix, mean, frames, beams, size)
 
     return [bench.ceilings.mark(row, work(row.contestant)) for row in rows]
+
+
+def _generating_peers(bench: Bench, prefixes: Tensor, batch: int, beams: int) -> list[Contestant]:
+    """transformers with ``batch`` frames at a time; at the last batch also a static cache, whose compiling takes
+    a minute on a GPU (and which beams outgrow), and ClipCap's loop."""
+    options, count = bench.options, len(prefixes)
+    last = batch == options.batch and beams == 1
+
+    def generate(cache: str) -> list[list[int]]:
+        return peers.transformers_generate(bench.gpt2, prefixes, batch, beams, options.max_new_tokens, cache)
+
+    contestants = [
+        Contestant(f"transformers.generate, {cache} cache", count, functools.partial(generate, cache), result=list)
+        for cache in (("dynamic", "static") if last and options.static_cache else ("dynamic",))
+    ]
+    if last:
+        few = typical(bench.lengths, options.slow_frames)
+        loop = functools.partial(peers.clipcap_generate, bench.gpt2, prefixes[few], options.max_new_tokens)
+        contestants.append(Contestant(CLIPCAP, len(few), loop, result=list, subset=few))
+    return contestants
 
 
 STAGES: dict[str, Callable[[Bench], list[Row]]] = {

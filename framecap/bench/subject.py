@@ -19,12 +19,13 @@ from framecap.bench.measure import Ceilings, Stopwatch
 from framecap.bench.random_captioner import ENCODERS, CaptionerShape, random_captioner, random_prefixes
 from framecap.model.captioner import Caption, Captioner
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import Generator
+from framecap.model.generate import FrameBatch, Generator
 from framecap.model.images import Decode, crop_and_resize
 from framecap.model.packed import use_eight_bits
 from framecap.model.ruclip import ImageFeatures
 
 EIGHT_BITS = "framecap, int8 weights"
+NO_PEERS = "without transformers' GPT-2, which reads no memory"
 
 
 @dataclass(frozen=True)
@@ -107,33 +108,38 @@ class Bench:
     def clip(self) -> Any:
         return peers.clip_vision(self.encoder)
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether transformers' GPT-2 reads what this bridge gives: a prefix, not a memory."""
+        return self.captioner.config.bridge.kind != "cross_attention"
+
     @functools.cached_property
-    def prefixes(self) -> Tensor:
-        """One prefix a frame: from the bridge for real weights, drawn for random ones."""
+    def inputs(self) -> FrameBatch:
+        """What the decoder reads for each frame: from the bridge for real weights, drawn for random ones."""
+        count = self.options.frames
         if self.random:
             length = self.captioner.config.bridge.prefix_length
-            return random_prefixes(self.decoder, self.options.frames, length, self.options.seed)
-        return self.bridge(self.captioner.features(self.pixels))
+            return FrameBatch(random_prefixes(self.decoder, count, length, self.options.seed), None, [0] * count)
+        return FrameBatch(*self.bridge(self.captioner.features(self.pixels)), [0] * count)
 
     @torch.inference_mode()
-    def bridge(self, features: ImageFeatures) -> Tensor:
-        prefix, _ = self.captioner.bridge(features)
-        return prefix
+    def bridge(self, features: ImageFeatures) -> tuple[Tensor | None, Tensor | None]:
+        return self.captioner.bridge(features)
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each prefix's greedy caption, ``</s>`` not counted."""
-        return [len(tokens) for tokens in self.tokens(Generator(self.decoder), self.prefixes, 1)]
+        """Tokens of each greedy caption of ``inputs``, ``</s>`` not counted."""
+        return [len(tokens) for tokens in self.tokens(Generator(self.decoder), self.inputs, 1)]
 
     @functools.cached_property
     def caption_lengths(self) -> list[int]:
         """The same of ``pixels``."""
         return [caption.tokens for caption in self.caption_pixels(self.captioner)]
 
-    def tokens(self, generator: Generator, prefixes: Tensor, beams: int) -> list[list[int]]:
-        """Token ids of each prefix's caption."""
+    def tokens(self, generator: Generator, inputs: FrameBatch, beams: int) -> list[list[int]]:
+        """Token ids of each frame's caption."""
         options = DecodeOptions(num_beams=beams, max_new_tokens=self.options.max_new_tokens)
-        return [candidates[0].tokens for candidates in generator.generate(prefixes, None, options)]
+        return [candidates[0].tokens for candidates in generator.generate(inputs.prefix, inputs.memory, options)]
 
 
 def typical(lengths: Sequence[int], count: int) -> list[int]:
@@ -141,3 +147,9 @@ def typical(lengths: Sequence[int], count: int) -> list[int]:
     order = sorted(range(len(lengths)), key=lambda frame: lengths[frame])
     count = min(count, len(order))
     return sorted(order[int((place + 0.5) * len(order) / count)] for place in range(count))
+
+
+def pick(inputs: FrameBatch, places: list[int]) -> FrameBatch:
+    """The frames with these numbers."""
+    prefix, memory = (None if given is None else given[places] for given in (inputs.prefix, inputs.memory))
+    return FrameBatch(prefix, memory, [inputs.seeds[place] for place in places])
