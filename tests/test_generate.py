@@ -305,14 +305,14 @@ def test_no_frames_give_no_captions(prefixed: Pair) -> None:
 
 PEAK = """
 import resource, sys, torch
-from framecap.model.generate import DecodeOptions, FrameBatch, generate_stream
+from framecap.model.generate import DecodeOptions, FrameBatch, Generator
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
 torch.manual_seed(0)
 decoder = RuGpt.from_config(RuGptConfig(500, 64, 128, 2, 4, eos_token_id=None))
 def peak(frames):
     batches = (FrameBatch(torch.randn(128, 4, 128), None, [0] * 128) for _ in range(frames // 128))
-    done = sum(1 for _ in generate_stream(decoder, batches, DecodeOptions(max_new_tokens=12)))
+    done = sum(1 for _ in Generator(decoder).stream(batches, DecodeOptions(max_new_tokens=12)))
     assert done == frames
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(peak(512), peak(4096))

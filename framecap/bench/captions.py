@@ -18,7 +18,7 @@ from framecap.bench.table import DECODING
 from framecap.errors import BridgeMismatchError
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import FrameBatch, generate_stream
+from framecap.model.generate import FrameBatch, Generator
 from framecap.model.images import normalise
 from framecap.model.ruclip import ImageFeatures
 
@@ -119,7 +119,7 @@ def memory_stage(bench: Bench) -> list[Row]:
 
     def run(frames: int) -> int:
         short = DecodeOptions(max_new_tokens=min(4, options.max_new_tokens))
-        return sum(1 for _ in generate_stream(bench.decoder, batches(frames), short, options.batch))
+        return sum(1 for _ in Generator(bench.decoder, options.batch).stream(batches(frames), short, frames))
 
     sizes = (options.memory_frames, 8 * options.memory_frames)
     contestants = [

@@ -22,7 +22,7 @@ from framecap.model.slots import Job, SlotLoop
 from framecap.model.step import CudaGraphs, Recorder, Shapes
 from framecap.model.stopping import Candidate
 
-__all__ = ["Candidate", "DecodeOptions", "FrameBatch", "Generator", "generate", "generate_stream"]
+__all__ = ["Candidate", "DecodeOptions", "FrameBatch", "Generator", "generate"]
 
 MAX_ROWS = {"cpu": 128, "cuda": 1024}
 
@@ -152,20 +152,6 @@ def generate(
     BridgeMismatchError.
     """
     return Generator(decoder, max_rows).generate(prefix, memory, options, seeds)
-
-
-def generate_stream(
-    decoder: RuGpt,
-    batches: Iterable[FrameBatch],
-    options: DecodeOptions,
-    max_rows: int | None = None,
-) -> Iterator[tuple[int, list[Candidate]]]:
-    """Decode frames of ``batches`` without draining between them; yields (frame number, candidates).
-
-    Frames are numbered from 0 through all batches and come out as they finish. A batch is taken from the
-    iterator only when slots are free for it. All prefixes must have one length, all memories too.
-    """
-    return Generator(decoder, max_rows).stream(batches, options)
 
 
 def _jobs(decoder: RuGpt, batch: FrameBatch, number: int, samples: int) -> list[Job]:

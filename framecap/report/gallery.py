@@ -59,7 +59,7 @@ def to_page(shown: list[Shown], video_id: str) -> Iterator[list[Any]]:
             order[id(frame)],
             frame.frame_id,
             frame.shard if video is None else str(video),
-            row.get("timestamp_ms"),
+            _time(row.get("timestamp_ms")),
             row["caption"],
             row["caption_status"],
             row["caption_error"],
@@ -71,6 +71,11 @@ def to_page(shown: list[Shown], video_id: str) -> Iterator[list[Any]]:
             row.get("caption_candidates"),
         ]
         pictures += frame.thumbnail is not None
+
+
+def _time(value: Any) -> float | None:
+    """A timestamp if it is a number that JSON has a word for."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def with_finite_scores(row: dict[str, Any]) -> dict[str, Any]:

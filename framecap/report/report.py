@@ -233,6 +233,8 @@ def _others(against: str, shard: str, options: ReportOptions) -> dict[Any, dict[
     names = [options.columns.frame_id, "caption", "caption_status", *SCORES]
     try:
         with open_shard(against, shard) as file:
+            if not set(names) <= set(file.schema_arrow.names):  # no caption shard
+                return {}
             rows = file.read(columns=names).to_pylist()
     except (ShardError, pa.ArrowException, OSError):
         return {}
