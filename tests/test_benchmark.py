@@ -35,7 +35,7 @@ from framecap.bench.roofline import encode_work, generate_work
 from framecap.bench.stages import CLIPCAP
 from framecap.bench.subject import EIGHT_BITS, NO_PEERS, Bench, typical
 from framecap.bench.table import DECODING, OWN_ROWS, format_sizing, format_table, sizing
-from framecap.model.captioner import Captioner, bundled_captioner
+from framecap.model.captioner import Caption, Captioner, bundled_captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import Generator, generate
 from framecap.model.images import Decode
@@ -277,6 +277,50 @@ def test_a_peer_that_fails_gets_a_row_that_says_why_and_the_rest_goes_on() -> No
     assert others.agreement == 1.0
     assert len(others.seconds) == len(ours.seconds) == 2
     assert "failed: OutOfMemoryError" in format_table([ours, theirs, others])
+
+
+def test_on_a_gpu_memory_is_what_a_contestant_adds_its_warm_up_included(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated, peak = 0, 0
+
+    def reset(device: torch.device) -> None:
+        nonlocal peak
+        peak = allocated
+
+    def take(mib: int, keep: int) -> None:
+        nonlocal allocated, peak
+        peak = max(peak, allocated + mib * 2**20)
+        allocated += keep * 2**20
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    kept: list[int] = []
+
+    def ours() -> None:  # 50 MiB, 40 of which stay for the rounds to come
+        take(10 if kept else 50, 0 if kept else 40)
+        kept.append(1)
+
+    contestants = [Contestant("framecap", 1, ours, peer=False), Contestant("theirs", 1, lambda: take(20, 0))]
+    rows = Stopwatch(2, "wall", torch.device("cuda")).compare("stage", contestants)
+    assert [row.peak_mib for row in rows] == [50, 20]
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("captioner", [[], ["--captioner", bundled_captioner()]])
+def test_memory_is_that_of_the_captioners_own_batches(
+    program: ModuleType, captioner: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioned: list[tuple[int, int]] = []
+    caption = Captioner.caption
+
+    def counted(self: Captioner, frames: list[np.ndarray], options: DecodeOptions) -> list[Caption]:
+        captioned.append((id(self), len(frames)))
+        return caption(self, frames, options)
+
+    monkeypatch.setattr(Captioner, "caption", counted)
+    assert program.main([*FEW, *captioner, "--stages", "memory"]) == 0
+    assert [frames for _, frames in captioned] == [8, 64]
 
 
 def test_what_was_measured_is_kept_when_framecap_itself_fails(

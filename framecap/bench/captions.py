@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from framecap.bench import peers
 from framecap.bench.measure import Contestant, Row
-from framecap.bench.random_captioner import random_prefixes
 from framecap.bench.subject import EIGHT_BITS, NO_PEERS, Bench, typical
 from framecap.bench.table import DECODING
 from framecap.errors import BridgeMismatchError
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import FrameBatch, Generator
 from framecap.model.images import normalise
 from framecap.model.ruclip import ImageFeatures
 
@@ -109,19 +107,20 @@ def _by_transformers(bench: Bench, values: Tensor) -> list[str]:
 
 
 def memory_stage(bench: Bench) -> list[Row]:
-    """Peak memory of generating for 512 frames and for eight times as many; frames come as they are needed."""
-    options, length = bench.options, bench.captioner.config.bridge.prefix_length
+    """Peak memory of captioning N frames and eight times as many, in the batches that ``Captioner.caption`` makes.
 
-    def batches(frames: int) -> Iterator[FrameBatch]:
-        for start in range(0, frames, 64):
-            prefix = random_prefixes(bench.decoder, min(64, frames - start), length, start)
-            yield FrameBatch(prefix, None, [0] * len(prefix))
+    Captions are short. Random weights come with the tiny encoder: what it needs for a batch would hide the rest,
+    and take long on a CPU. Each run has a captioner of its own, with nothing kept from the run before.
+    """
+    options, sizes = bench.options, (bench.options.memory_frames, 8 * bench.options.memory_frames)
+    made = bench.captioner if bench.shape is None else bench.drawn(replace(bench.shape, encoder="tiny"))
+    picture = np.random.default_rng(options.seed).integers(0, 256, (made.resolution, made.resolution, 3), np.uint8)
+    short = DecodeOptions(max_new_tokens=min(4, options.max_new_tokens))
 
     def run(frames: int) -> int:
-        short = DecodeOptions(max_new_tokens=min(4, options.max_new_tokens))
-        return sum(1 for _ in Generator(bench.decoder, options.batch).stream(batches(frames), short, frames))
+        captioner = Captioner(made.encoder, made.bridge, bench.decoder, made.config)
+        return len(captioner.caption([picture] * frames, short))
 
-    sizes = (options.memory_frames, 8 * options.memory_frames)
     contestants = [
         Contestant(f"framecap, {frames} frames", frames, functools.partial(run, frames), False) for frames in sizes
     ]

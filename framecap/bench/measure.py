@@ -44,8 +44,9 @@ class Contestant:
 class Row:
     """One line of the table. ``ratio``: framecap's frames/s (the stage's first row) over this row's, of the
     medians; ``agreement``: share of results equal to the first row's; ``roofline``: share of what the
-    ceilings allow; memory: peak of the process (or of the GPU) in MiB while it ran. A peer that failed has
-    none of these, no ``seconds``, and says why in its ``note``."""
+    ceilings allow; memory: peak in MiB while it ran, of the process, or of what it added to a GPU's memory (what
+    others keep there is not its own; its warm-up counts). A peer that failed has none of these, no ``seconds``,
+    and says why in its ``note``."""
 
     stage: str
     contestant: str
@@ -82,6 +83,7 @@ class Stopwatch:
         A peer that raises, whatever its libraries do, is left out from there on and gets an empty row that says
         why; what framecap's own raise is raised.
         """
+        _release(self.device)  # what the last comparison kept for its rounds
         logs = [_Log() for _ in contestants]
         if self.device.type == "cuda":
             for contestant, log in zip(contestants, logs, strict=True):
@@ -109,13 +111,14 @@ class Stopwatch:
 
     def _time(self, run: Callable[[], Any], log: _Log) -> None:
         now = CLOCKS[self.clock]
-        _reset_peak(self.device)
+        there = _reset_peak(self.device)
         self._wait()
         start = now()
         log.result = run()
         self._wait()
         log.seconds.append(now() - start)
-        log.peak = max(log.peak or 0.0, _peak_mib(self.device) or 0.0) or None
+        if (peak := _peak_mib(self.device)) is not None:
+            log.peak = max(log.peak or 0.0, peak - there)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -195,12 +198,14 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _reset_peak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> float:
+    """Begin anew; the MiB that do not count: what lies in a GPU's memory now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return torch.cuda.memory_allocated(device) / 2**20
     with suppress(OSError):  # Linux only; elsewhere the memory column stays empty
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return 0.0
 
 
 def _peak_mib(device: torch.device) -> float | None:

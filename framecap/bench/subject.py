@@ -58,14 +58,16 @@ class Bench:
         self, captioner: Captioner | CaptionerShape, options: BenchOptions, watch: Stopwatch, ceilings: Ceilings
     ) -> None:
         self.options, self.watch, self.ceilings = options, watch, ceilings
-        self.random = isinstance(captioner, CaptionerShape)
-        if isinstance(captioner, CaptionerShape):
-            resolution = ENCODERS[captioner.encoder].image_resolution
-            sample = [crop_and_resize(frame, resolution) for frame in self.jpegs("720p", 8)]
-            pixels = torch.from_numpy(np.stack(sample))
-            captioner = random_captioner(captioner, pixels, options.device, options.dtype, options.seed)
-        self.captioner = captioner
-        self.encoder, self.decoder = captioner.encoder, captioner.decoder
+        self.shape = captioner if isinstance(captioner, CaptionerShape) else None  # of random weights
+        self.captioner = captioner if isinstance(captioner, Captioner) else self.drawn(captioner)
+        self.encoder, self.decoder = self.captioner.encoder, self.captioner.decoder
+
+    def drawn(self, shape: CaptionerShape) -> Captioner:
+        """A captioner with random weights."""
+        resolution = ENCODERS[shape.encoder].image_resolution
+        sample = [crop_and_resize(frame, resolution) for frame in self.jpegs("720p", 8)]
+        options = self.options
+        return random_captioner(shape, torch.from_numpy(np.stack(sample)), options.device, options.dtype, options.seed)
 
     @functools.cache  # noqa: B019 (one bench lives as long as the program)
     def jpegs(self, size: str, count: int) -> list[bytes]:
@@ -117,7 +119,7 @@ class Bench:
     def inputs(self) -> FrameBatch:
         """What the decoder reads for each frame: from the bridge for real weights, drawn for random ones."""
         count = self.options.frames
-        if self.random:
+        if self.shape is not None:
             length = self.captioner.config.bridge.prefix_length
             return FrameBatch(random_prefixes(self.decoder, count, length, self.options.seed), None, [0] * count)
         return FrameBatch(*self.bridge(self.captioner.features(self.pixels)), [0] * count)
