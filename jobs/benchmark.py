@@ -52,11 +52,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--encoder", default="b32-384", choices=ENCODERS, help="shape of the ruCLIP encoder (default: %(default)s)")
     add("--decoder", default="small", choices=DECODERS, help="shape of the ruGPT3 decoder (default: %(default)s)")
     add("--bridge", default="mlp", choices=BRIDGES, help="kind of bridge (default: %(default)s)")
-    add("--frames", type=int, metavar="N", help="frames of a run (default: 64; with a GPU 4096)")
+    add("--frames", type=int, metavar="N", help="frames of a run (default: 64; GPU 4096)")
     add("--batches", metavar="A,B", help="batches of generation, the last for all (default: 8,32; GPU 512,1024,2048)")
     add("--beam-frames", type=int, metavar="N", help="frames of beam search (default: 16; GPU 2048)")
     add("--slow-frames", type=int, metavar="N", help="frames of ClipCap's loop (default: 8)")
-    add("--memory-frames", type=int, metavar="N", help="the memory stage generates for N and 8 N frames (default: 512)")
+    add("--memory-frames", type=int, metavar="N", help="memory stage: N and 8 N frames (default: 512; GPU 4096)")
     add("--max-new-tokens", type=int, default=MAX_LENGTH, metavar="N", help="longest caption (default: %(default)s)")
     add("--pictures", metavar="DIR", help="pictures to make JPEG frames of (default: drawn ones)")
     add("--no-static-cache", action="store_true", help="leave out transformers.generate with a static cache")
@@ -95,10 +95,11 @@ def measure(arguments: argparse.Namespace) -> None:
     captioner = arguments.captioner and Captioner.from_pretrained(arguments.captioner, options.device, options.dtype)
     bench = Bench(captioner or shape, options, watch, ceilings)
     rows: list[Row] = []
+    settings = vars(arguments) | {"stages": stages} | options.as_settings()
 
     def keep() -> None:
         if arguments.json:
-            report = json.dumps(as_json(rows, where, ceilings, vars(arguments)), indent=1, ensure_ascii=False)
+            report = json.dumps(as_json(rows, where, ceilings, settings), indent=1, ensure_ascii=False)
             Path(arguments.json).write_text(report + "\n", encoding="utf-8")
 
     keep()  # a file that cannot be written is found now, not after all stages
@@ -143,8 +144,8 @@ def bench_options(arguments: argparse.Namespace) -> BenchOptions:
     return BenchOptions(
         **amounts,
         batches=sizes,
-        folder=arguments.pictures,
-        static_cache=not arguments.no_static_cache,
+        pictures=arguments.pictures,
+        no_static_cache=arguments.no_static_cache,
         device=device,
         dtype=choose_dtype(arguments.dtype, device),
         seed=arguments.seed,

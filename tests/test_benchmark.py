@@ -127,6 +127,30 @@ def test_the_report_keeps_every_round_and_sizes_a_cluster(report: dict[str, Any]
     }  # fmt: skip
 
 
+def test_the_report_says_what_was_really_used_where_no_flag_was_given(program: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    shape = ["--encoder", "tiny", "--decoder", "tiny", "--device", "cpu", "--repeats", "1"]
+    assert program.main([*shape, "--stages", "decode", "--json", str(file)]) == 0
+    settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    used = {
+        "stages": ["decode"], "frames": 64, "batches": [8, 32], "beam_frames": 16, "slow_frames": 8,
+        "memory_frames": 512, "threads": 1, "device": "cpu", "dtype": "float32", "no_static_cache": False,
+    }  # fmt: skip
+    assert settings.items() >= used.items()
+    assert {name for name, value in settings.items() if value is None} == {"captioner", "pictures"}
+
+
+def test_the_help_names_the_defaults_of_both_devices(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, flag in (("frames", "--frames"), ("beam_frames", "--beam-frames"), ("memory_frames", "--memory-frames")):
+        of_flag = text.split(f"{flag} N ", 1)[1].split("--", 1)[0]
+        cpu, gpu = (program.AMOUNTS[device][name] for device in ("cpu", "cuda"))
+        assert f"(default: {cpu}; " in of_flag
+        assert f"GPU {gpu})" in of_flag
+
+
 def test_the_job_runs_on_the_random_captioner(program: ModuleType, ray_cluster: None, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     assert program.main([*FEW, "--stages", "job", "--json", str(file)]) == 0

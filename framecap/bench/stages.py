@@ -154,7 +154,7 @@ def _generating_peers(bench: Bench, prefixes: Tensor, batch: int, beams: int) ->
 
     contestants = [
         Contestant(f"transformers.generate, {cache} cache", count, functools.partial(generate, cache), result=list)
-        for cache in (("dynamic", "static") if last and options.static_cache else ("dynamic",))
+        for cache in (("dynamic", "static") if last and not options.no_static_cache else ("dynamic",))
     ]
     if last:
         few = typical(bench.lengths, options.slow_frames)

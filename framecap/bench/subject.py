@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,8 @@ class BenchOptions:
     memory_frames: int
     threads: int
     max_new_tokens: int
-    folder: str | None
-    static_cache: bool
+    pictures: str | None
+    no_static_cache: bool
     device: torch.device
     dtype: torch.dtype
     seed: int = 0
@@ -49,6 +49,11 @@ class BenchOptions:
     @property
     def batch(self) -> int:
         return self.batches[-1]
+
+    def as_settings(self) -> dict[str, Any]:
+        """By the names of the flags, as JSON has them."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return asdict(self) | {"batches": list(self.batches), "device": str(self.device), "dtype": dtype}
 
 
 class Bench:
@@ -71,7 +76,7 @@ class Bench:
 
     @functools.cache  # noqa: B019 (one bench lives as long as the program)
     def jpegs(self, size: str, count: int) -> list[bytes]:
-        return make_frames(count, SIZES[size], self.options.folder, self.options.seed)
+        return make_frames(count, SIZES[size], self.options.pictures, self.options.seed)
 
     def crop(self, frames: Sequence[bytes], decode: Decode = "exact", threads: int = 1) -> list[np.ndarray]:
         """JPEG frames → uint8 [R, R, 3] each."""
