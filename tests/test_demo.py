@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from caption_data import write_dataset
 
 from framecap.cli import main
@@ -238,6 +239,29 @@ def test_the_encoder_and_its_reader_learn_from_a_few_pictures() -> None:
     training = EncoderTraining(encoder, new_reader(pictures.captions, encoder.config, 0), pictures, seed=0)
     first, *_, last = [training.step(np.arange(8), 1e-3) for _ in range(12)]
     assert all(last[name] < first[name] for name in ("contrastive", "scene", "patch", "caption"))
+
+
+def test_the_encoder_learns_on_the_gpu_if_there_is_one_and_is_saved_from_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from framecap.demo import mini
+    from framecap.demo.encoder_training import EncoderTraining
+    from framecap.demo.pictures import Pictures
+
+    used: list[str] = []
+
+    def learn(training: EncoderTraining, minutes: float, test: Pictures) -> None:
+        used.extend(parameter.device.type for parameter in training.parameters)
+        used.extend(p.device.type for group in training.optimiser.param_groups for p in group["params"])
+        for module in (training.encoder, training.reader):
+            module.to_empty(device="cpu")  # no figures can be taken from a stand-in
+
+    monkeypatch.setattr(mini, "choose_device", lambda device: torch.device("meta"))  # stands in for a GPU
+    monkeypatch.setattr(EncoderTraining, "train", learn)
+    mini.train_encoder(tmp_path, scenes=40, minutes=1)
+    assert set(used) == {"meta"}
+    assert (tmp_path / "encoder" / "config.json").is_file()
+    assert (tmp_path / "decoder" / "config.json").is_file()
 
 
 def test_a_halved_captioner_is_smaller_and_says_the_same(tmp_path: Path) -> None:

@@ -94,7 +94,10 @@ def jittered(pixels: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDA
 
 
 class EncoderTraining:
-    """Both towers, the auxiliary heads and the reader, learning together for a given time."""
+    """Both towers, the auxiliary heads and the reader, learning together for a given time.
+
+    ``encoder`` and ``reader`` are on the device to learn on.
+    """
 
     def __init__(self, encoder: RuClip, reader: CaptionLoss, train: Pictures, seed: int) -> None:
         config = encoder.config

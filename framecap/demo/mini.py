@@ -6,7 +6,8 @@
 3. draw other scenes as Parquet pairs; 4. for each bridge run what ``jobs/train_captioner.py`` runs; 5. measure on
 scenes of compositions nothing has seen. DIR receives ``encoder/``, ``decoder/``, ``pairs/``, ``mlp/`` and
 ``cross_attention/`` (captioner directories, float16), ``figures.json``, ``training.log`` and ``best/``, a copy of the
-better captioner: what lies in ``framecap/demo/mini``. Parts that are already in DIR are not made again.
+better captioner: what lies in ``framecap/demo/mini``. Parts that are already in DIR are not made again. All learning
+is done on a GPU if there is one; it takes more steps in the same minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from framecap.demo.evaluate import evaluate
 from framecap.demo.new_models import GRID, RESOLUTION, new_encoder, new_reader
 from framecap.demo.pairs import write_pairs
 from framecap.demo.pictures import draw_pictures
-from framecap.model.captioner import Captioner
+from framecap.model.captioner import Captioner, choose_device
 from framecap.model.convert import write_manifest
 from framecap.model.weights import read_state_dict, write_state_dict
 from framecap.training.run import train_captioner
@@ -37,15 +38,17 @@ ENCODER_SEED, PROBE_SEED, PAIRS_SEED, TEST_SEED = 1, 2, 3, 12345
 
 
 def train_encoder(out: Path, scenes: int, minutes: float) -> None:
-    """Draw scenes and learn from them; leaves ``encoder/`` (float16) and ``decoder/`` as published checkpoints."""
+    """Draw scenes and learn from them, on a GPU if there is one; leaves ``encoder/`` (float16) and ``decoder/`` as
+    published checkpoints."""
+    device = choose_device("auto")
     train = draw_pictures(scenes, ENCODER_SEED, "train", RESOLUTION, GRID)
     probe = draw_pictures(512, PROBE_SEED, "test", RESOLUTION, GRID)
     logger.info("drew %d scenes", scenes)
-    encoder = new_encoder(train.captions, seed=0)
-    reader = new_reader(train.captions, encoder.config, seed=0)
+    encoder = new_encoder(train.captions, seed=0).to(device)
+    reader = new_reader(train.captions, encoder.config, seed=0).to(device)
     EncoderTraining(encoder, reader, train, seed=0).train(minutes, probe)
-    reader.decoder.save_pretrained(out / "decoder")
-    encoder.half().save_pretrained(out / "encoder")
+    reader.decoder.cpu().save_pretrained(out / "decoder")
+    encoder.cpu().half().save_pretrained(out / "encoder")
 
 
 def training_settings(out: Path, bridge: str, epochs: float, threads: int) -> TrainSettings:
