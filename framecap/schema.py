@@ -71,15 +71,16 @@ class InputColumns:
     def check(self, schema: pa.Schema, added: pa.Schema) -> None:
         """Raise ``ShardError`` (``missing_column``, ``wrong_type``, ``column_conflict``) if unusable."""
         names = set(schema.names)
-        if len(names) < len(schema.names):
-            twice = next(name for name in schema.names if schema.names.count(name) > 1)
-            raise ShardError("column_conflict", f"several columns are named {twice!r}; rename all but one")
         if self.frame_id not in names:
             raise ShardError("missing_column", f"no column {self.frame_id!r}; it has {_listed(schema)}")
         if self.image not in names and self.image_uri not in names:
             raise ShardError(
                 "missing_column", f"neither {self.image!r} nor {self.image_uri!r}; it has {_listed(schema)}"
             )
+        used = {*self.read(schema), *self.kept(schema)}
+        if twice := [name for name in schema.names if name in used and schema.names.count(name) > 1]:
+            number = schema.names.count(twice[0])
+            raise ShardError("column_conflict", f"it has {number} columns {twice[0]!r}; rename or drop all but one")
         id_type = schema.field(self.frame_id).type
         if not (is_text(id_type) or pa.types.is_integer(id_type)):
             raise ShardError("wrong_type", f"{self.frame_id!r} is {id_type}; it must be string or integer")

@@ -10,6 +10,7 @@ import io
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -19,8 +20,8 @@ from framecap.errors import FrameError, SettingsError
 
 SELECTIONS = ("every", "key", "scene")
 _THUMBNAIL = (64, 36)
-# Sound may go on for a while after the last picture.
-_SLACK_SECONDS, _SLACK_SHARE = 2.0, 0.05
+_TOLERANCE_S = 0.5  # by which a header's duration may exceed what is there
+_TRANSPORT_PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a packet: where in it the sync byte stands
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class VideoFrame:
 def read_video(file: BinaryIO, selection: Selection) -> Iterator[VideoFrame]:
     """The chosen frames of one video, in display order; timestamps count from the video's first frame.
 
-    ``file`` is a seekable binary file. Damage in the middle ends the frames with an error, after
-    those before it were given.
+    ``file`` is a seekable binary file. Damage ends the frames with an error, after all that could be decoded
+    were given.
 
     Raises:
         SettingsError: PyAV is not installed.
@@ -75,17 +76,19 @@ def read_video(file: BinaryIO, selection: Selection) -> Iterator[VideoFrame]:
 
 
 def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[int, float, Any]]:
-    """(index, seconds, frame) of every decoded frame; only key frames are decoded where they suffice."""
-    times = _display_times(av, file)
+    """(index, seconds, frame) of every decoded frame; only key frames are decoded where they suffice.
+
+    Ends with a FrameError if something of the video is missing.
+    """
+    times, damage = _read_packets(av, file)
     file.seek(0)
     with av.open(file, metadata_errors="ignore") as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         if selection.how == "key" and times:
             stream.codec_context.skip_frame = "NONKEY"
-        decoded, corrupt = 0, 0
+        decoded = whole = 0
         for frame in container.decode(stream):
-            corrupt += frame.is_corrupt
             if times and frame.pts is not None:
                 index = bisect_left(times, frame.pts)
                 seconds = float((frame.pts - times[0]) * stream.time_base)
@@ -93,26 +96,20 @@ def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[in
                 index = decoded
                 seconds = decoded / float(stream.average_rate or 25)
             decoded += 1
+            # A recording may begin between two key frames: what comes before the first is never whole.
+            if frame.is_corrupt and whole and damage is None:
+                damage = f"damaged at {seconds:.1f} s"
+            whole += not frame.is_corrupt
             yield index, seconds, frame
-        if not decoded:
-            raise FrameError("truncated", "the video holds no frame that can be decoded")
-        if corrupt:
-            raise FrameError("truncated", f"the decoder calls {corrupt} of {decoded} frames corrupt")
-        end = float((times[-1] - times[0]) * stream.time_base) if times else seconds
-        if end < (promised := _promised_seconds(container)) - max(_SLACK_SECONDS, _SLACK_SHARE * promised):
-            raise FrameError("truncated", f"its frames end after {end:.1f} s, its header promises {promised:.1f} s")
+    if not decoded:
+        raise FrameError("truncated", "the video holds no frame that can be decoded")
+    if damage is not None:
+        raise FrameError("truncated", f"the video is {damage}; what could be decoded was kept")
 
 
-def _promised_seconds(container: Any) -> float:
-    """How long the file says it is; 0 if it does not say (of a transport stream FFmpeg only sees what is there)."""
-    stream = container.streams.video[0]
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1_000_000
-
-
-def _display_times(av: Any, file: BinaryIO) -> list[int]:
-    """The presentation times of all frames, sorted, read without decoding; empty if the file has none."""
+def _read_packets(av: Any, file: BinaryIO) -> tuple[list[int], str | None]:
+    """What the packets tell without decoding: the presentation times of all frames, sorted (none if a frame has
+    none), and what is missing (None: nothing)."""
     if not file.seek(0, io.SEEK_END):
         raise FrameError("empty", "zero bytes")
     file.seek(0)
@@ -123,13 +120,62 @@ def _display_times(av: Any, file: BinaryIO) -> list[int]:
     with container:
         if not container.streams.video:
             raise FrameError("not_an_image", "the file holds no video stream")
-        times: set[int] = set()
-        for packet in container.demux(container.streams.video[0]):
-            if packet.size and packet.pts is None:
-                return []
-            if packet.size and not packet.is_discard:
-                times.add(packet.pts)
-    return sorted(times)
+        packets = _Packets(container.streams.video[0])
+        try:
+            for packet in container.demux():
+                packets.add(packet)
+        except (av.error.FFmpegError, OSError) as error:
+            packets.damage = packets.damage or f"not readable to its end: {error}"
+        times = sorted(packets.times) if packets.timed else []
+        damage = packets.damage
+        if damage is None and times:
+            promised = (container.duration or 0) / av.time_base
+            damage = _cut_short(promised, packets.end - (container.start_time or 0) / av.time_base, packets)
+        if damage is None and container.format.name == "mpegts" and _ends_within_packet(file):
+            damage = "cut short: its last transport packet is not whole"
+    return times, damage
+
+
+class _Packets:
+    """Presentation times of ``video``'s packets, and where the last packet of any stream ends, in seconds."""
+
+    def __init__(self, video: Any) -> None:
+        self.video = video
+        self.times: set[int] = set()
+        self.timed = True
+        self.damage: str | None = None
+        self.end = 0.0
+
+    def add(self, packet: Any) -> None:
+        if packet.pts is not None:  # of any stream: sound may go on after the last picture
+            self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not self.video or not packet.size:
+            return
+        if packet.is_corrupt:
+            self.damage = self.damage or "damaged: not all of its packets are whole"
+        if packet.pts is None:
+            self.timed = False
+        elif not packet.is_discard:
+            self.times.add(packet.pts)
+
+
+def _cut_short(promised: float, end: float, packets: _Packets) -> str | None:
+    """What to say if the packets end well before the seconds that the file's header promises."""
+    # The last frame of a screen recording may last for seconds, and its packet does not say so.
+    longest = max((after - before for before, after in pairwise(sorted(packets.times))), default=0)
+    if promised - end <= max(_TOLERANCE_S, float(longest * packets.video.time_base)):
+        return None
+    return f"cut short: {end:.1f} of {promised:.1f} s are there"
+
+
+def _ends_within_packet(file: BinaryIO) -> bool:
+    """Whether a transport stream is no whole number of packets; it has no header that promises a length."""
+    file.seek(0)
+    head = file.read(3 * max(_TRANSPORT_PACKETS))
+    for size, sync in _TRANSPORT_PACKETS.items():
+        if head[sync::size][:3] == b"\x47\x47\x47":
+            return file.seek(0, io.SEEK_END) % size != 0
+    return False
 
 
 def _chosen(frames: Iterator[tuple[int, float, Any]], selection: Selection) -> Iterator[VideoFrame]:

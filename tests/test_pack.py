@@ -146,17 +146,52 @@ def test_scene_changes_are_the_cuts_and_not_the_slow_fades(tmp_path: Path) -> No
     assert rows(tmp_path / "out")["frame_index"].to_pylist() == [0, 20, 35]
 
 
-@pytest.mark.parametrize("kind", ["mkv", "avi", "ts"])
-def test_a_video_cut_short_gives_its_whole_frames_and_is_listed(kind: str, tmp_path: Path) -> None:
-    clip = encode(tmp_path / f"clip.{kind}", [index * 5 % 250 for index in range(100)])
-    whole = pack.pack([str(clip)], str(tmp_path / "whole"), pack.PackOptions(Selection("every", 1)))
-    assert (whole.frames, whole.unreadable) == (10, ())
-    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
-    result = pack.pack([str(clip)], str(tmp_path / "out"), pack.PackOptions(Selection("every", 1)))
-    assert 1 <= result.frames < 10
-    if kind != "ts":  # has no header: what is there is a shorter video
-        [listed] = result.unreadable
-        assert "truncated" in listed.error
+def packed_every_second(clip: Path, out: Path) -> tuple[int, list[str]]:
+    result = pack.pack([str(clip)], str(out), pack.PackOptions(Selection("every", 1)))
+    return result.frames, [entry.error for entry in result.unreadable]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "avi", "flv"])
+def test_a_video_cut_short_gives_its_whole_frames_and_is_listed(tmp_path: Path, suffix: str) -> None:
+    clip = encode(tmp_path / f"clip.{suffix}", [index * 5 % 250 for index in range(100)])
+    assert packed_every_second(clip, tmp_path / "whole") == (10, [])
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2 + 50])
+    frames, errors = packed_every_second(clip, tmp_path / "cut")
+    assert 1 <= frames < 10
+    assert [error.partition(":")[0] for error in errors] == ["truncated"]
+
+
+@pytest.mark.parametrize("suffix", ["ts", "avi", "mp4"])  # Matroska resumes at the next cluster, at times unnoticed
+def test_a_video_damaged_in_the_middle_gives_what_can_be_decoded_and_is_listed(tmp_path: Path, suffix: str) -> None:
+    clip = encode(tmp_path / f"clip.{suffix}", [index * 5 % 250 for index in range(100)])
+    data = clip.read_bytes()
+    third, sixth = len(data) // 3, len(data) // 6
+    noise = np.random.default_rng(3).integers(0, 256, sixth, np.uint8).tobytes()
+    clip.write_bytes(data[:third] + noise + data[third + sixth :])
+    frames, errors = packed_every_second(clip, tmp_path / "out")
+    assert frames >= 3
+    assert [error.partition(":")[0] for error in errors] == ["truncated"]
+
+
+def test_a_video_with_longer_sound_or_begun_between_key_frames_is_whole(tmp_path: Path) -> None:
+    clip = encode(tmp_path / "clip.ts", [index * 5 % 250 for index in range(60)], key_every=20)
+    data = clip.read_bytes()
+    (tmp_path / "begun.ts").write_bytes(data[len(data) // 188 // 3 * 188 :])
+    frames, errors = packed_every_second(tmp_path / "begun.ts", tmp_path / "begun")
+    assert frames >= 3
+    assert errors == []
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        video, sound = container.add_stream("mpeg4", rate=FPS), container.add_stream("aac", rate=8000, layout="mono")
+        video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(20):
+            container.mux(video.encode(av.VideoFrame.from_image(drawn_frame(90))))
+        container.mux(video.encode())
+        for _ in range(60):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            silence.sample_rate = 8000
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode())
+    assert packed_every_second(tmp_path / "sound.mkv", tmp_path / "sound") == (2, [])
 
 
 def test_timestamps_of_a_variable_frame_rate_are_the_frames_own(tmp_path: Path) -> None:

@@ -88,12 +88,14 @@ def list_fragments(folder: str) -> list[str]:
 
 
 def delete_fragment(folder: str, name: str) -> None:
-    """Delete a file of the fragments folder; one that is already gone is fine."""
+    """Delete a file of the fragments folder; one that cannot be deleted now is left for the next run."""
     fs, path = open_fs(join(folder, name))
     try:
         fs.rm_file(path)
     except FileNotFoundError:
         return
+    except OSError as error:
+        log.warning("fragment %s cannot be deleted (%s); the next run does it", name, error)
 
 
 def _as_lists(pieces: Chunk) -> list[list[object]]:

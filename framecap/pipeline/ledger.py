@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from framecap.errors import StorageError
 from framecap.storage import exists, join, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,10 @@ class Ledger:
         self.entries[entry.shard] = entry
         self._lines.append(_line(entry))
         if len(self._lines) >= _FLUSH_LINES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self.flush()
+            try:
+                self.flush()
+            except StorageError as error:
+                log.warning("%s; the ledger's next lines bring these along", error)
 
     def forget(self, shards: Iterable[str]) -> None:
         """Drop entries; takes effect on disk at ``compact``."""
@@ -57,13 +61,13 @@ class Ledger:
             self.entries.pop(shard, None)
 
     def flush(self) -> None:
-        """Write what was appended since the last flush as one segment."""
+        """Write what was appended since the last flush as one segment. Raises ``StorageError``."""
+        self._flushed = time.monotonic()
         if self._lines:
             name = f"{self._run_id}-{self._segments:06d}.jsonl"
             write_bytes_atomic(join(self._folder, name), "".join(self._lines).encode())
             self._segments += 1
             self._lines.clear()
-        self._flushed = time.monotonic()
 
     def compact(self) -> None:
         """One file with all entries, and no segments."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.pipeline.listing import Listing, open_shard
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 Range = tuple[int, int]  # rows [start, stop) of a shard
@@ -118,13 +120,18 @@ def make_plan(
 
     def inspect(shard: str) -> ShardPlan | ShardError:
         try:
-            reason = reasons[shard]
             rows = _check_footer(source.root, shard, columns, added)
-            todo = _error_ranges(output_uri, shard) if reason == "errors" else ((0, rows),) if rows else ()
         except ShardError as error:
             return error
-        basis = outputs[shard] if reason == "errors" else ""
-        return ShardPlan(shard, source.marks[shard], rows, reason, todo, basis)
+        whole = ((0, rows),) if rows else ()
+        if reasons[shard] == "errors":
+            try:
+                failed = _error_ranges(output_uri, shard)
+                return ShardPlan(shard, source.marks[shard], rows, "errors", failed, basis=outputs[shard])
+            except ShardError as error:
+                log.warning("caption shard %s is damaged (%s); all of it is done again", shard, error)
+                return ShardPlan(shard, source.marks[shard], rows, "new", whole)
+        return ShardPlan(shard, source.marks[shard], rows, reasons[shard], whole)
 
     wanted_shards = sorted(reasons)
     for shard, result in zip(wanted_shards, _parallel(inspect, wanted_shards), strict=False):
@@ -199,7 +206,7 @@ def _error_ranges(output_uri: str, shard: str) -> tuple[Range, ...]:
                         ranges.append((position, position + 1))
                 offset += len(batch)
         except (pa.ArrowException, OSError) as error:
-            raise ShardError("unreadable", f"its caption shard is damaged, delete that: {error}") from error
+            raise ShardError("unreadable", str(error)[:300]) from error
     return tuple(ranges)
 
 

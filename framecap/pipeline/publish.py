@@ -124,12 +124,14 @@ class Publisher:
         self._running[shard] = self._pool.submit(publish_shard, self._places, plan, spans, self._cache)
 
     def fail(self, shard: str, error: ShardError) -> None:
-        """Give a shard up for this run. If it changed its fragments are of no use any more; if it could not be read
-        they wait for the next run, which may."""
-        self._waiting.pop(shard, None)
+        """Give a shard up for this run. Its fragments wait for the next one, unless the shard itself changed: what
+        could not be read or written now may be then."""
+        plan = self._waiting.pop(shard, None)
         self.done.failed[shard] = error
         if error.kind == "changed":
             self._forget(shard)
+        elif plan is not None:
+            self._later[shard] = plan
 
     def collect(self, block: bool = False) -> None:
         """Write finished publications to the ledger and delete their fragments."""
@@ -141,10 +143,9 @@ class Publisher:
             try:
                 entry = future.result()
             except ShardError as error:
-                self.done.failed[shard] = error
-                self._forget(shard)
-            except OSError as error:  # a full disk, a store that refuses: the fragments wait for the next run
-                self.done.failed[shard] = ShardError("unwritable", f"{type(error).__name__}: {error}")
+                self.fail(shard, error)
+            except OSError as error:  # a full disk, a store that refuses
+                self.fail(shard, ShardError("unwritable", f"{type(error).__name__}: {error}"))
                 log.error("%s cannot be published (%s); its fragments are kept for the next run", shard, error)
             else:
                 self._ledger.append(entry)

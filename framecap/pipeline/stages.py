@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from framecap.errors import FrameError
+from framecap.errors import FrameError, ShardError
 from framecap.model.captioner import DECIMALS, Caption, Captioner
 from framecap.model.images import Pixels
 from framecap.model.ruclip import ImageFeatures
@@ -73,15 +73,19 @@ class CaptionActor:
         captions, reused, embeddings = self._captions(frames, pixels)
         captioned, encode = time.perf_counter(), self._captioner.encode_seconds - encoded_before
         pieces = tuple(piece for piece in frames.pieces if piece.shard not in frames.failed)
-        name = ""
+        name, failed = "", frames.failed
         if pieces:
             table = captions_table(captions, reused, self._options, embeddings)
-            name = write_fragment(self._options.folder, pieces, self._options.fingerprint, table)
+            try:
+                name = write_fragment(self._options.folder, pieces, self._options.fingerprint, table)
+            except OSError as error:  # these rows are lost to this run; the others, and other shards, go on
+                failed = failed | {p.shard: ShardError("unwritable", str(error)[:300]) for p in pieces}
+                pieces, captions, reused = (), [], []
         self._idle_since = time.perf_counter()
         record = ChunkRecord(
             fragment=name,
             pieces=pieces,
-            failed=frames.failed,
+            failed=failed,
             statuses=dict(Tally(caption.status for caption in captions)),
             retried=dict(Tally(c.status for c, again in zip(captions, _are_retried(pieces), strict=True) if again)),
             error_kinds=dict(Tally(c.error.partition(":")[0] for c in captions if c.error)),

@@ -1,0 +1,189 @@
+"""A store that fails for a while costs what it hid, never the run: backends raise errors that are no OSErrors."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from botocore.exceptions import EndpointConnectionError
+from fsspec.implementations.memory import MemoryFileSystem
+from shards import caption, shard_table, without_ray
+
+from framecap.pipeline import publish
+from framecap.pipeline.fragments import list_fragments
+from framecap.pipeline.listing import open_shard
+from framecap.pipeline.plan import Piece
+from framecap.pipeline.read import _ShardStream
+from framecap.pipeline.summary import Summary
+
+__all__ = ["without_ray"]  # a fixture
+pytestmark = pytest.mark.usefixtures("without_ray")
+OPERATIONS = ("_open", "cat_file", "info", "pipe_file", "put_file", "rm_file")
+
+
+class Outage:
+    """Which calls of the store fail now: ``fails(operation, path)``; ``calls`` are those that did."""
+
+    def __init__(self) -> None:
+        self.fails: Callable[[str, str], bool] = lambda operation, path: False
+        self.calls: list[tuple[str, str]] = []
+
+    def meet(self, operation: str, path: str) -> None:
+        if self.fails(operation, path):
+            self.calls.append((operation, path))
+            raise EndpointConnectionError(endpoint_url=f"http://store{path}")
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
+    """Three shards of six frames at ``memory://in``, in a store that fails on demand."""
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    outage = Outage()
+
+    def failing(operation: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(fs: MemoryFileSystem, path: str, *rest: Any, **options: Any) -> Any:
+            outage.meet(operation, f"{path} {rest[0] if operation == 'put_file' else ''}".strip())
+            return original(fs, path, *rest, **options)
+
+        return call
+
+    for operation in OPERATIONS:
+        monkeypatch.setattr(MemoryFileSystem, operation, failing(operation, getattr(MemoryFileSystem, operation)))
+    monkeypatch.setattr("framecap.pipeline.fragments._RETRY_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("framecap.pipeline.read._RETRY_WAITS", (0.0,) * 5)
+    for name in "abc":
+        sink = io.BytesIO()
+        pq.write_table(shard_table(name, 6, ord(name)), sink, row_group_size=2)
+        MemoryFileSystem().pipe_file(f"/in/{name}.parquet", sink.getvalue())
+    return outage
+
+
+def run(captioner: Path, **settings: Any) -> Summary:
+    return caption("memory://in", "memory://out", captioner, **{"batch_size": 3, **settings})
+
+
+def published() -> list[str]:
+    return sorted(path.removeprefix("/out/") for path in MemoryFileSystem().find("/out") if path.endswith(".parquet"))
+
+
+@pytest.mark.parametrize("operation", ["_open", "info"])
+def test_a_shard_that_cannot_be_reached_fails_alone(outage: Outage, operation: str, tiny_captioner_dir: Path) -> None:
+    begun: list[str] = []
+
+    def fails(name: str, path: str) -> bool:  # the footer is read in the plan: fail after that
+        begun.extend([path] if (name, path) == ("_open", "/in/b.parquet") else [])
+        return (name, path) == (operation, "/in/b.parquet") and bool(begun)
+
+    outage.fails = fails
+    summary = run(tiny_captioner_dir)
+    assert outage.calls
+    assert (summary.exit_code, list(summary.failed_shards)) == (3, ["b.parquet"])
+    assert "unreadable" in summary.failed_shards["b.parquet"]
+    assert published() == ["a.parquet", "c.parquet"]
+    outage.fails = lambda operation, path: False
+    assert run(tiny_captioner_dir).exit_code == 0
+    assert published() == ["a.parquet", "b.parquet", "c.parquet"]
+
+
+def test_a_read_that_fails_half_way_is_an_os_error(outage: Outage, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            outage.meet("read", "")
+            return super().read(size)
+
+    data = MemoryFileSystem().cat_file("/in/a.parquet")
+    monkeypatch.setattr(MemoryFileSystem, "_open", lambda fs, path, *rest, **options: Broken(data))
+    with open_shard("memory://in", "a.parquet") as shard:
+        outage.fails = lambda operation, path: operation == "read"
+        with pytest.raises(OSError, match="EndpointConnectionError"):
+            shard.read()
+
+
+def test_a_shard_that_cannot_be_read_to_its_end_keeps_the_captions_it_has(
+    outage: Outage, tiny_captioner_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _ShardStream.rows
+
+    def breaks_off(stream: _ShardStream, piece: Piece) -> Iterator[pa.RecordBatch]:
+        if (piece.shard, piece.start) == ("b.parquet", 3):
+            raise OSError("SlowDown: please reduce your request rate")
+        yield from whole(stream, piece)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_ShardStream, "rows", breaks_off)
+        summary = run(tiny_captioner_dir, batch_size=1)
+    assert (summary.exit_code, summary.captioned_rows) == (3, 17)
+    again = run(tiny_captioner_dir, batch_size=1)
+    assert (again.exit_code, again.recovered_rows, again.captioned_rows) == (0, 5, 1)
+    assert list_fragments("memory://out/_framecap/fragments") == []
+
+
+def test_a_shard_that_was_replaced_leaves_no_fragment(
+    outage: Outage, tiny_captioner_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        marks = iter(["another"])
+        now = publish.mark_of
+        patch.setattr(publish, "mark_of", lambda uri: next(marks, None) or now(uri))
+        assert next(iter(run(tiny_captioner_dir).failed_shards.values())).startswith("changed: ")
+    assert list_fragments("memory://out/_framecap/fragments") == []
+
+
+def test_a_fragment_that_cannot_be_written_at_once_is_written_later(outage: Outage, tiny_captioner_dir: Path) -> None:
+    outage.fails = lambda operation, path: path.endswith(".fragment") and operation == "pipe_file" and refused()
+    remaining = [True, True]
+
+    def refused() -> bool:
+        return bool(remaining) and remaining.pop()
+
+    assert run(tiny_captioner_dir).exit_code == 0
+    assert len(outage.calls) == 2
+
+
+def test_a_fragment_that_cannot_be_written_costs_its_shard(outage: Outage, tiny_captioner_dir: Path) -> None:
+    outage.fails = lambda operation, path: path.endswith(".fragment") and operation == "pipe_file" and first(path)
+    seen: list[str] = []
+
+    def first(path: str) -> bool:
+        seen.append(path)
+        return path == seen[0]
+
+    summary = run(tiny_captioner_dir)
+    assert (summary.exit_code, summary.captioned_rows) == (3, 15)
+    assert summary.failed_shards["a.parquet"].startswith("unwritable: ")
+    assert published() == ["b.parquet", "c.parquet"]
+
+
+def test_a_shard_that_cannot_be_published_keeps_its_fragments(outage: Outage, tiny_captioner_dir: Path) -> None:
+    outage.fails = lambda operation, path: operation == "put_file" and path.endswith("/out/b.parquet")
+    summary = run(tiny_captioner_dir)
+    assert (summary.exit_code, summary.published_shards) == (3, 2)
+    assert summary.failed_shards["b.parquet"].startswith("unwritable: ")
+    outage.fails = lambda operation, path: False
+    again = run(tiny_captioner_dir)
+    assert (again.exit_code, again.captioned_rows, again.recovered_rows) == (0, 0, 6)
+
+
+def test_fragments_that_cannot_be_deleted_wait_for_the_next_run(outage: Outage, tiny_captioner_dir: Path) -> None:
+    outage.fails = lambda operation, path: operation == "rm_file" and path.endswith(".fragment")
+    assert run(tiny_captioner_dir).exit_code == 0
+    outage.fails = lambda operation, path: False
+    assert list_fragments("memory://out/_framecap/fragments")
+    assert run(tiny_captioner_dir).captioned_rows == 0
+    assert list_fragments("memory://out/_framecap/fragments") == []
+
+
+def test_a_ledger_that_cannot_be_written_now_is_written_at_the_end(
+    outage: Outage, tiny_captioner_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("framecap.pipeline.ledger._FLUSH_LINES", 1)
+    outage.fails = lambda operation, path: operation == "pipe_file" and "/ledger/" in path
+    assert run(tiny_captioner_dir).exit_code == 0
+    assert outage.calls
+    assert b"c.parquet" in MemoryFileSystem().cat_file("/out/_framecap/ledger.jsonl")
