@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cluster import ENVIRONMENT, started_cluster
 from PIL import Image, ImageDraw
 
 from framecap import Captioner, DecodeOptions
@@ -354,6 +355,36 @@ def test_an_output_that_holds_something_is_refused_before_anything_starts(tmp_pa
     (tmp_path / "captioner" / "config.json").write_text("{}")
     with pytest.raises(SettingsError, match="not empty"):
         train_locally(settings(tmp_path, pairs))
+
+
+@pytest.mark.timeout(300)
+def test_a_joined_cluster_scaled_to_zero_is_waited_for_with_a_limit(tmp_path: Path, pairs: Path) -> None:
+    code = (
+        "import sys; from framecap.training.on_ray import connect;"
+        "from framecap.training.settings import TrainSettings;"
+        "print(connect(TrainSettings.model_validate_json(sys.argv[1])))"
+    )
+
+    def connected(node_timeout: float) -> subprocess.Popen[str]:
+        one = settings(tmp_path, pairs, ray_address=cluster.address, node_timeout=node_timeout, cpus_per_worker=2)
+        command = [sys.executable, "-c", code, one.model_dump_json()]
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with started_cluster(head_cpus=0) as cluster:
+        _, errors = connected(node_timeout=2).communicate(timeout=90)
+        said = "--workers 1 x --cpus-per-worker 2 need 2 CPUs; the cluster has 0"
+        assert f"{said}, and no node came in 2 seconds" in errors
+        waiting = connected(node_timeout=120)
+        cluster.add_worker(cpus=2)
+        output, errors = waiting.communicate(timeout=120)
+    assert output.strip() == "cpu", errors
+
+
+def test_a_cluster_of_its_own_that_is_too_small_is_one_clear_error(
+    tmp_path: Path, pairs: Path, ray_cluster: None
+) -> None:
+    with pytest.raises(SettingsError, match="--workers 1 x --cpus-per-worker 5 need 5 CPUs; the cluster has 4"):
+        train_captioner(settings(tmp_path, pairs, cpus_per_worker=5))
 
 
 def test_a_disk_without_room_is_an_error_before_training(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 def connect(settings: TrainSettings) -> str:
     """Join or start Ray and settle the workers' device: ``cpu`` or ``cuda``.
 
-    Raises SettingsError when the cluster lacks the CPUs or GPUs asked for, which would wait for ever.
+    Where the cluster lacks the CPUs or GPUs asked for, an autoscaler gets ``settings.node_timeout`` to add nodes.
+
+    Raises SettingsError when there are not enough even then, or nobody could add any.
     """
     import ray
     import ray.data
@@ -34,20 +36,47 @@ def connect(settings: TrainSettings) -> str:
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():
         ray.init(address=settings.ray_address or None, logging_level=logging.WARNING)
-    has = ray.cluster_resources()
-    gpus, cpus = has.get("GPU", 0), has.get("CPU", 0)
     device = settings.device
     if device == "auto":
-        device = "cuda" if gpus >= settings.workers else "cpu"
-    if device == "cuda" and gpus < settings.workers:
-        raise SettingsError(f"--workers {settings.workers} on cuda need as many GPUs; the cluster has {gpus:g}")
-    needed = settings.workers * settings.cpus_per_worker
-    if cpus < needed:
-        raise SettingsError(
-            f"--workers {settings.workers} x --cpus-per-worker {settings.cpus_per_worker:g} need {needed:g} CPUs; "
-            f"the cluster has {cpus:g}"
-        )
+        device = "cuda" if ray.cluster_resources().get("GPU", 0) >= settings.workers else "cpu"
+    bundle = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if device == "cuda" else {})
+    if lacks := _lacks(bundle, settings):
+        own = ray._private.worker._global_node
+        if own is not None and own.is_head():  # started by this process: nobody adds a node
+            raise SettingsError(lacks)
+        _wait_for_nodes(bundle, lacks, settings)
     return device
+
+
+def _lacks(bundle: dict[str, float], settings: TrainSettings) -> str | None:
+    """What the cluster has too little of at present, in words."""
+    import ray
+
+    has = ray.cluster_resources()
+    for name, each in bundle.items():
+        if has.get(name, 0) < settings.workers * each:
+            asked = f"x --cpus-per-worker {each:g} need" if name == "CPU" else "on cuda need"
+            return (
+                f"--workers {settings.workers} {asked} {settings.workers * each:g} {name}s; "
+                f"the cluster has {has.get(name, 0):g}"
+            )
+    return None
+
+
+def _wait_for_nodes(bundle: dict[str, float], lacks: str, settings: TrainSettings) -> None:
+    """Ask the cluster for all workers' nodes and wait until they are there: Ray Train gives up after a minute.
+
+    Raises SettingsError when they do not come within ``settings.node_timeout``.
+    """
+    from ray.util import placement_group, remove_placement_group
+
+    log.warning("%s; waiting for the autoscaler, %g seconds at most (--node-timeout)", lacks, settings.node_timeout)
+    group = placement_group([dict(bundle) for _ in range(settings.workers)])
+    try:
+        if not group.wait(settings.node_timeout):
+            raise SettingsError(f"{lacks}, and no node came in {settings.node_timeout:g} seconds (--node-timeout)")
+    finally:
+        remove_placement_group(group)
 
 
 class UnitEncoder:

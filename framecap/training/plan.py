@@ -36,7 +36,10 @@ from framecap.training.settings import TrainSettings
 
 # Settings that may change between a run and its resumption.
 _PLACES = {"encoder", "decoder", "pairs", "out", "work_dir"}  # their content is in the identity instead
-_MEANS = {"workers", "cpus_per_worker", "max_failures", "device", "ray_address", "encode_batch_size", "accumulate"}
+_MEANS = {
+    *("workers", "cpus_per_worker", "max_failures", "node_timeout", "device", "ray_address"),
+    *("encode_batch_size", "accumulate"),
+}
 _REPORTS = {"config", "storage_options", "max_bad_pairs", "log_every", "checkpoint_every"}
 _FREE = _PLACES | _MEANS | _REPORTS
 

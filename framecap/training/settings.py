@@ -63,7 +63,10 @@ class TrainSettings(JobSettings):
     workers: int = Field(1, ge=1, description="Ray Train workers")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs per worker")
     max_failures: int = Field(2, ge=0, description="times that lost workers are replaced before giving up")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
+    node_timeout: float = Field(900, gt=0, description="seconds that an autoscaler gets to add the nodes for workers")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where training runs; say cuda where GPU nodes are yet to be added"
+    )
     encode_batch_size: int = Field(64, ge=1, description="images per pass through the frozen encoder")
     ray_address: str = Field("", description="Ray cluster; default: the one we are in, else a local one")
 
