@@ -75,7 +75,8 @@ def show(frames: Iterable[Any] | pa.Table, captions: Iterable[Any] | pa.Table | 
     """A grid of ``frames`` with ``captions`` below them, ``width`` CSS pixels a cell at least.
 
     ``frames`` are encoded bytes, paths, URIs, PIL pictures or uint8 arrays ``[H, W, 3]``; ``captions`` strings or
-    `framecap.Caption` objects. Or one table of frames joined to captions, with columns ``image`` and ``caption``.
+    `framecap.Caption` objects; either may be a column of a table. Or one table of frames joined to captions, with
+    columns ``image`` and ``caption``.
 
     Raises:
         SettingsError: as many captions as frames are needed, or a table lacks its columns.
@@ -87,6 +88,8 @@ def show(frames: Iterable[Any] | pa.Table, captions: Iterable[Any] | pa.Table | 
     if isinstance(captions, pa.Table):
         notes = [_note(row) for row in captions.to_pylist()]
         captions = _column(captions, "caption")
+    frames = frames.to_pylist() if isinstance(frames, pa.Array | pa.ChunkedArray) else frames
+    captions = captions.to_pylist() if isinstance(captions, pa.Array | pa.ChunkedArray) else captions
     pictures = [_data_uri(frame, width * 2) for frame in frames]
     captions = [""] * len(pictures) if captions is None else captions
     words = [str(getattr(caption, "text", caption) or "") for caption in captions]

@@ -71,6 +71,12 @@ def test_frames_of_every_kind_are_shown_with_their_captions(data: Dataset, tmp_p
     assert "&lt;b&gt;" in page
 
 
+def test_columns_of_a_table_are_shown_as_they_are(data: Dataset) -> None:
+    frames, captions = read_captions(str(data.frames)), read_captions(str(data.captions))
+    grid = show(frames["image"][:3], captions["caption"][:3])
+    assert (len(grid.pictures), list(grid.captions)) == (3, captions["caption"][:3].to_pylist())
+
+
 def test_a_joined_table_is_shown_as_it_is(data: Dataset) -> None:
     frames = read_captions(str(data.frames), columns=["frame_id", "image"])
     joined = read_captions(str(data.captions)).join(frames, "frame_id").slice(0, 5)

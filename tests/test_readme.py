@@ -68,7 +68,7 @@ def test_the_sizing_table_is_its_formula(readme: str) -> None:
         frames, rate, *figures = (int(cell.replace(",", "")) for cell in line.strip("|").split("|"))
         needed = frames / (8 * 3600 * 0.85)
         assert rate == round(needed)
-        assert figures == [math.ceil(needed / each) for each in (50, 100, 200, 400, 320, 164)]
+        assert figures == [math.ceil(needed / each) for each in (50, 100, 200, 400, 394, 191)]
 
 
 def test_the_nightly_settings_of_the_readme_are_settings(readme: str, tmp_path: Path) -> None:

@@ -214,6 +214,45 @@ def test_nothing_is_wider_than_the_screen(page: webdriver.Chrome, width: int) ->
 
 
 @needs_browser
+@pytest.mark.parametrize("width", [768, 1024, 1280])
+def test_every_row_of_the_run_in_figures_is_filled_and_holds_more_than_one_card(
+    browser: webdriver.Chrome, tmp_path: Path, width: int
+) -> None:
+    data = write_dataset(tmp_path, frames=120)
+    (data.captions / "day-1/frames-00001.parquet").write_bytes(b"PAR1 but no more")
+    stages = {"stage_seconds": {"decode": 1234.0}, "stage_frames_per_second": {"decode": 20000.0}}
+    for name in ("20260102-000000-abcd", "20260103-000000-abcd"):
+        path = data.captions / "_framecap/runs" / name / "summary.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"run_id": name, "captioned_rows": 60} | stages))
+    report.write_report(str(data.captions), str(tmp_path / "report.html"))
+    page = opened(browser, tmp_path / "report.html")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.execute_script("document.getElementById('numbers').open = true")
+        text = page.find_element(By.ID, "panels").text
+        assert "unreadable 1 shard" in text
+        assert "1,234 20,000" in text
+        places = "return [...document.querySelectorAll('.panel')].map(p => [p.offsetTop, p.offsetLeft + p.offsetWidth])"
+        edge = page.execute_script("const p = document.getElementById('panels'); return p.offsetLeft + p.offsetWidth")
+        for cards in (7, 6, 5, 4):
+            found = page.execute_script(places)
+            assert len(found) == cards
+            tops = [top for top, _ in found]
+            assert min(tops.count(top) for top in tops) > 1
+            assert all(abs(max(right for top, right in found if top == row) - edge) <= 1 for row in tops)
+            last = "errors" if cards == 7 else "last"
+            page.execute_script(
+                "const all = [...document.querySelectorAll('.panel')];"
+                "(arguments[0] === 'errors' ? all.find(p => p.matches('.wide')) : all.at(-1)).remove()",
+                last,
+            )
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@needs_browser
 def test_dark_follows_the_system(page: webdriver.Chrome) -> None:
     def paper(scheme: str) -> str:
         features = [{"name": "prefers-color-scheme", "value": scheme}]

@@ -41,6 +41,8 @@ def find_weights(directory: str | Path) -> list[Path]:
     nor the ``.index.json`` of a sharded one (the layouts transformers writes).
     """
     directory = Path(directory)
+    if not directory.exists():
+        raise MissingFileError(f"{directory} does not exist; check the path.")
     if not directory.is_dir():
         raise MissingFileError(f"{directory} is not a directory; give the folder that holds the checkpoint.")
     for name in (SAFETENSORS_NAME, PICKLE_NAME):

@@ -38,6 +38,7 @@ def start_ray(settings: CaptionSettings) -> Resources:
     if not ray.is_initialized():
         if own:
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notes on actors are not the operator's
         ray.init(
             address=settings.ray_address,
             log_to_driver=False,

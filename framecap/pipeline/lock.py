@@ -67,9 +67,12 @@ class OutputLock:
     ) -> None:
         self._ended.set()
         self._heart.join(timeout=5)
-        holder = _read(self._uri)
-        if holder is not None and holder.get("token") == self._me["token"]:
-            self._remove(holder)
+        try:
+            holder = _read(self._uri)
+            if holder is not None and holder.get("token") == self._me["token"]:
+                self._remove(holder)
+        except OSError as failure:
+            log.warning("the lock %s cannot be removed (%s); it expires", self._uri, failure)
         for folder in self._made:
             with suppress(OSError):  # not empty: something was written
                 folder.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -63,3 +64,5 @@ class Stops:
             signal.signal(number, self._before.get(number) or signal.SIG_DFL)
             signal.raise_signal(number)
         self._signal = signal.Signals(number).name
+        # Logging takes locks, and this may have interrupted their holder.
+        os.write(2, f"\n{self._signal}: stopping in good order; once more ends it at once\n".encode())

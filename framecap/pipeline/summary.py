@@ -129,7 +129,8 @@ class Summary:
             f"{self.unfinished_shards:,} unfinished" if self.unfinished_shards else "",
             f"{len(self.failed_shards):,} failed" if self.failed_shards else "",
         ]
-        return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}"
+        ending = "; run the same line again for the rest" if self.unfinished_shards else ""
+        return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}{ending}"
 
     def to_json(self) -> bytes:
         names = [f.name for f in fields(self) if not f.name.startswith("_") and f.name != "plan_failed"]  # a part of

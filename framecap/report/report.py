@@ -173,7 +173,7 @@ def _survey(captions: str, shards: Iterable[str], against: str | None, options: 
                     heapq.heappop(doubtful)
                 spread.add((shard, row_number))
         except (ShardError, pa.ArrowException, OSError) as error:
-            survey.unreadable[shard] = " ".join(str(error).split())[:300]
+            survey.unreadable[shard] = _in_words(error)
             # The figures count what could be read of it, the gallery leaves it out.
             doubtful = [entry for entry in doubtful if entry[2][0] != shard]
             heapq.heapify(doubtful)
@@ -185,6 +185,11 @@ def _survey(captions: str, shards: Iterable[str], against: str | None, options: 
         chosen.update(spread.places[:: -(-len(spread.places) // max(1, options.limit - half))])
     survey.places = sorted(chosen)
     return survey
+
+
+def _in_words(error: BaseException) -> str:
+    """One line; pyarrow quotes the damaged bytes as they are."""
+    return "".join(letter for letter in " ".join(str(error).split()) if letter.isprintable())[:300]
 
 
 class _Spread:

@@ -58,8 +58,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         second = read_captions(settings.against, references, settings.id_column, settings.caption_column)
     ids = [i for i in references if i in first and (second is None or i in second)]
     if not ids:
+        wrong = settings.against if second is not None and not second else settings.captions
         raise EvaluationError(
-            f"{settings.captions} and {settings.references} share no {settings.id_column}; "
+            f"{wrong} and {settings.references} share no {settings.id_column}; "
             f"references are named like {next(iter(references))!r}"
         )
     scores = score(ScoredTexts.of(ids, first, references), settings)
