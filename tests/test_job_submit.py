@@ -23,7 +23,9 @@ def test_a_submitted_job_captions_everything_and_a_mistaken_one_fails(
     cluster: Cluster, tmp_path: Path, tiny_captioner_dir: Path
 ) -> None:
     write_shards(tmp_path / "in", 2, 10)
-    submit = ("submit", "--working-dir", str(checkout(tmp_path / "checkout")), "--")
+    options = json.dumps({"env_vars": {"FRAMECAP_STORAGE_OPTIONS": '{"s3": {"anon": true}}'}})
+    folder = str(checkout(tmp_path / "checkout"))
+    submit = ("submit", "--working-dir", folder, "--runtime-env-json", options, "--")
     job = [
         "python", "jobs/caption_frames.py", "--input-uri", str(tmp_path / "in"),
         "--output-uri", str(tmp_path / "out"), "--captioner", str(tiny_captioner_dir),

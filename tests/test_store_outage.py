@@ -187,3 +187,18 @@ def test_a_ledger_that_cannot_be_written_now_is_written_at_the_end(
     assert run(tiny_captioner_dir).exit_code == 0
     assert outage.calls
     assert b"c.parquet" in MemoryFileSystem().cat_file("/out/_framecap/ledger.jsonl")
+
+
+def test_a_state_that_cannot_be_tidied_is_tidied_by_the_next_run(outage: Outage, tiny_captioner_dir: Path) -> None:
+    outage.fails = lambda operation, path: operation == "pipe_file" and path.endswith("/ledger.jsonl")
+    summary = run(tiny_captioner_dir)
+    assert (summary.exit_code, summary.published_shards, len(outage.calls)) == (0, 3, 1)
+    outage.fails = lambda operation, path: False
+    assert run(tiny_captioner_dir).shards_done_before == 3
+
+
+def test_a_run_whose_summary_cannot_be_written_ends_as_it_ended(outage: Outage, tiny_captioner_dir: Path) -> None:
+    outage.fails = lambda operation, path: operation == "pipe_file" and not path.endswith("/lock")
+    summary = run(tiny_captioner_dir)
+    assert (summary.exit_code, len(summary.failed_shards)) == (3, 3)
+    assert any(path.endswith("/summary.json") for _, path in outage.calls)

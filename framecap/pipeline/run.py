@@ -71,14 +71,26 @@ def run(settings: CaptionSettings) -> Summary:
         finally:
             publisher.finish()
             if not lock.lost:  # else the files of the other run are in these places
-                publisher.sweep()
-                if settings.prune:
-                    summary.pruned = prune(job, plan, ledger)
-                ledger.compact()
-                sweep_temporary_files(job.output_uri)
+                _tidy(job, plan, publisher, summary, ledger)
             summary.end(publisher, _exit_code(settings, summary, publisher))
-            log.info("%s; %s", summary.closing(), write_summary(job, summary))
+            try:
+                where = write_summary(job, summary)
+            except OSError as error:  # the exit code says how the run ended, not how its report did
+                where = f"without a summary: {error}"
+            log.info("%s; %s", summary.closing(), where)
     return summary
+
+
+def _tidy(job: Job, plan: Plan, publisher: Publisher, summary: Summary, ledger: Ledger) -> None:
+    """Leave nothing but results, ledger and summaries; what a store refuses now is left to the next run."""
+    try:
+        publisher.sweep()
+        if job.settings.prune:
+            summary.pruned = prune(job, plan, ledger)
+        ledger.compact()
+        sweep_temporary_files(job.output_uri)
+    except OSError as error:
+        log.warning("OUT is not tidied up (%s); the next run does it", error)
 
 
 def _plan(job: Job, ledger: Ledger) -> Plan:
