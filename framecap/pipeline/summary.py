@@ -133,8 +133,8 @@ class Summary:
         return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}{ending}"
 
     def to_json(self) -> bytes:
-        names = [f.name for f in fields(self) if not f.name.startswith("_") and f.name != "plan_failed"]  # a part of
-        values = {name: getattr(self, name) for name in names}  # failed_shards
+        hidden = {"_begun", "_retried", "plan_failed"}  # the latter is part of failed_shards
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
 
