@@ -316,6 +316,7 @@ def settings_mistakes(root: Path, captioner: Path) -> dict[str, list[str]]:
         "missing input": ["--input-uri", f"{root}/none", *good[2:]],
         "empty input": ["--input-uri", f"{root}/empty", *good[2:]],
         "output inside input": [*good[:3], f"{root}/in/out", *good[4:]],
+        "output as input": ["--input-uri", f"{root}/captioned", *good[2:]],
         "output is input": [*good[:3], f"{root}/in", *good[4:]],
         "unwritable output": [*good[:3], f"{root}/file/out", *good[4:]],
         "unreachable endpoint": [
@@ -350,6 +351,8 @@ def test_a_settings_mistake_ends_with_2_and_one_line_and_writes_nothing(
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     pq.write_table(shard_table("good", 2), tmp_path / "in" / "good.parquet")
+    shutil.copytree(tmp_path / "in", tmp_path / "captioned")
+    (tmp_path / "captioned" / "_framecap").mkdir()
     shutil.copytree(tiny_captioner_dir, tmp_path / "damaged")
     weights = tmp_path / "damaged" / "bridge.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

@@ -28,6 +28,7 @@ from framecap.storage import (
     MANIFEST,
     OPTIONS_VARIABLE,
     check_endpoint,
+    exists,
     is_local,
     join,
     local_copy,
@@ -163,6 +164,8 @@ def prepare(settings: CaptionSettings) -> Job:
     encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
     source = list_input(settings.input_uri)
     check_places(source, settings.input_uri, settings.output_uri)
+    if exists(join(source.root, STATE_FOLDER)):
+        raise SettingsError(f"--input-uri {settings.input_uri} is an output of this job: it holds {STATE_FOLDER}/")
     if settings.prune and source.root.rstrip("/") != settings.input_uri.rstrip("/"):
         raise SettingsError(f"--prune needs a whole folder as --input-uri; {settings.input_uri} is a part of one")
     _check_writable(settings.output_uri)
