@@ -207,5 +207,6 @@ def _one_line(cls: type[JobSettings], error: ValidationError) -> str:
             parts.append(f"unknown setting {name!r}; {_nearest(name, list(cls.model_fields))}")
         else:
             message = str(problem["msg"]).removeprefix("Value error, ")
-            parts.append(f"{flag(name)} {problem['input']!r}: {message}" if name else message)
+            given = "" if name == "storage_options" else f" {problem['input']!r}"  # those may hold secrets
+            parts.append(f"{flag(name)}{given}: {message}" if name else message)
     return "; ".join(parts)

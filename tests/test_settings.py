@@ -55,6 +55,13 @@ def test_every_setting_means_the_same_wherever_it_is_given(
     )  # fmt: skip
 
 
+def test_a_mistake_in_storage_options_does_not_repeat_them(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("storage_options: hush\n")
+    with pytest.raises(SettingsError, match=r"--storage-options: .*dictionary") as caught:
+        Example.from_command_line(["--config", str(tmp_path / "job.yaml"), "--input-uri", "x"])
+    assert "hush" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
