@@ -28,7 +28,8 @@ from framecap.bench.stages import STAGES
 from framecap.bench.subject import Bench, BenchOptions
 from framecap.bench.table import as_json, format_sizing, format_table, sizing
 from framecap.errors import FramecapError, SettingsError
-from framecap.model.captioner import DTYPES, Captioner, choose_device, choose_dtype
+from framecap.model.captioner import Captioner
+from framecap.model.devices import DTYPES, choose_device, choose_dtype
 
 FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_floating_point]
 DEFAULT_STAGES = "decode,encode,generate,caption,captioner"

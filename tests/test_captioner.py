@@ -28,9 +28,10 @@ from framecap.errors import (
     UnsafePickleError,
     WeightsError,
 )
-from framecap.model.captioner import CAPTION_BATCH, choose_device, choose_dtype
+from framecap.model.captioner import CAPTION_BATCH
 from framecap.model.captioner_config import check_options
 from framecap.model.convert import write_manifest
+from framecap.model.devices import choose_device, choose_dtype
 from framecap.model.generate import Generator
 from framecap.model.ruclip import ImageFeatures
 
@@ -280,7 +281,7 @@ def test_batches_of_many_frames_run_into_each_other(captioner: Captioner, monkey
         return decode(ids, *rest)
 
     monkeypatch.setattr(captioner.decoder, "decode_one_token", counted)
-    monkeypatch.setattr(captioner, "_generator", Generator(captioner.decoder, max_rows=8))
+    monkeypatch.setattr(captioner, "generator", Generator(captioner.decoder, max_rows=8))
     monkeypatch.setitem(CAPTION_BATCH, "cpu", 8)
     assert captioner.caption(frames, options) == expected
     together = len(steps)

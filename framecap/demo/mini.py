@@ -26,8 +26,9 @@ from framecap.demo.evaluate import evaluate
 from framecap.demo.new_models import GRID, RESOLUTION, new_encoder, new_reader
 from framecap.demo.pairs import write_pairs
 from framecap.demo.pictures import draw_pictures
-from framecap.model.captioner import Captioner, choose_device
+from framecap.model.captioner import Captioner
 from framecap.model.convert import write_manifest
+from framecap.model.devices import choose_device
 from framecap.model.weights import read_state_dict, write_state_dict
 from framecap.training.run import train_captioner
 from framecap.training.settings import TrainSettings

@@ -24,6 +24,7 @@ from framecap.errors import FrameError, SettingsError
 from framecap.model.attention import planless_attention
 from framecap.model.bridge import Bridge, build_bridge
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
+from framecap.model.devices import choose_device, choose_dtype
 from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, Generator
 from framecap.model.images import Frame, crop_and_resize, normalise
 from framecap.model.packed import use_eight_bits
@@ -36,12 +37,6 @@ from framecap.storage import MANIFEST, local_copy
 BRIDGE_WEIGHTS = "bridge.safetensors"
 BRIDGE_PREFIX = "bridge."
 CROSS_ATTENTION_PREFIX = "decoder."
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,  # weights; everything else is float32
-}
 # Frames per pass through a tower. On a CPU the activations of 8 stay in its caches (32 are a seventh slower).
 ENCODE_BATCH = {"cpu": 8, "cuda": 256}
 # Frames that are captioned together: on a GPU a step costs about the same for 1,024 captions as for a few, so that
@@ -95,7 +90,7 @@ class Captioner:
         check_fit(config.bridge, encoder.config, decoder.config)
         self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
         self._source = source
-        self._generator = Generator(decoder)
+        self.generator = Generator(decoder)
         self.encode_seconds = 0.0
 
     @classmethod
@@ -165,7 +160,7 @@ class Captioner:
             SettingsError: ``frames`` is one path or one picture's bytes instead of a list.
         """
         _check_list(frames)
-        options = self._checked(options or DecodeOptions())
+        options = self.checked(options or DecodeOptions())
         captions: dict[int, Caption] = {}
         places: list[int] = []
         pooled: list[Tensor] = []
@@ -181,13 +176,13 @@ class Captioner:
                     features = self.features(pixels)
                     places.extend(good)
                     pooled.append(features.pooled)
-                    yield FrameBatch(*self._prefixes(features), _seeds(pixels, options))
+                    yield self.frame_batch(features, _seeds(pixels, options))
 
         # The next batch enters as the captions of this one end, so that none drains alone.
-        found = dict(self._generator.stream(batches(), options, len(frames)))
+        found = dict(self.generator.stream(batches(), options, len(frames)))
         if places:
             candidates = [found[number] for number in range(len(places))]
-            captions.update(zip(places, self._captions(candidates, torch.cat(pooled), options, True), strict=True))
+            captions.update(zip(places, self.to_captions(candidates, torch.cat(pooled), options, True), strict=True))
         return [captions[place] for place in range(len(frames))]
 
     @torch.inference_mode()
@@ -215,10 +210,50 @@ class Captioner:
         self, features: ImageFeatures, options: DecodeOptions, seeds: Sequence[int], similarity: bool = True
     ) -> list[Caption]:
         """Captions of frames that ``features`` has encoded, a seed for each; see ``caption_pixels``."""
-        options = self._checked(options)
-        prefix, memory = self._prefixes(features)
-        candidates = self._generator.generate(prefix, memory, options, list(seeds))
-        return self._captions(candidates, features.pooled, options, similarity)
+        options = self.checked(options)
+        batch = self.frame_batch(features, seeds)
+        candidates = self.generator.generate(batch.prefix, batch.memory, options, batch.seeds)
+        return self.to_captions(candidates, features.pooled, options, similarity)
+
+    def checked(self, options: DecodeOptions) -> DecodeOptions:
+        """``options`` with the captioner's own stop texts unless they have some. Raises SettingsError."""
+        if options.rerank and not self.encoder.has_text:
+            raise SettingsError("rerank needs a ruCLIP with a text tower; this captioner's encoder has none")
+        return options if options.stop else replace(options, stop=self.config.stop)
+
+    @torch.inference_mode()
+    def frame_batch(self, features: ImageFeatures, seeds: Sequence[int]) -> FrameBatch:
+        """Frames that ``features`` has encoded, as the decoder takes them; a seed for each."""
+        prefix, memory = self.bridge(features)
+        return FrameBatch(prefix, memory, list(seeds))
+
+    def to_captions(
+        self, candidates: list[list[Candidate]], pooled: Tensor, options: DecodeOptions, similarity: bool
+    ) -> list[Caption]:
+        """What the decoder wrote for each frame, best first, and the frames' pooled features [N, D] → captions."""
+        wanted = (similarity or options.rerank) and self.encoder.has_text
+        scores = self._similarities(candidates, pooled) if wanted else None
+        captions = []
+        for row, ranked in enumerate(candidates):
+            order = list(range(len(ranked)))
+            if options.rerank and scores is not None:
+                order.sort(key=lambda i: -scores[row][i])
+            best = ranked[order[0]]
+            if best.is_spoilt:
+                captions.append(Caption.failed(FrameError("model", _SPOILT)))
+                continue
+            captions.append(
+                Caption(
+                    text=best.text,
+                    logprob=round(best.logprob, DECIMALS),
+                    min_logprob=round(best.min_logprob, DECIMALS),
+                    tokens=len(best.tokens),
+                    similarity=round(scores[row][order[0]], DECIMALS) if scores is not None and similarity else None,
+                    status="truncated" if best.truncated else "ok",
+                    candidates=tuple(ranked[i].text for i in order) if len(ranked) > 1 else (),
+                )
+            )
+        return captions
 
     @torch.inference_mode()
     def features(self, pixels: np.ndarray) -> ImageFeatures:
@@ -270,16 +305,6 @@ class Captioner:
             )
         return self._source
 
-    def _checked(self, options: DecodeOptions) -> DecodeOptions:
-        """``options`` with the captioner's own stop texts unless they have some. Raises SettingsError."""
-        if options.rerank and not self.encoder.has_text:
-            raise SettingsError("rerank needs a ruCLIP with a text tower; this captioner's encoder has none")
-        return options if options.stop else replace(options, stop=self.config.stop)
-
-    @torch.inference_mode()
-    def _prefixes(self, features: ImageFeatures) -> tuple[Tensor | None, Tensor | None]:
-        return self.bridge(features)
-
     def _pixels(self, frames: Sequence[Frame]) -> list[np.ndarray | FrameError]:
         def cropped(frame: Frame) -> np.ndarray | FrameError:
             try:
@@ -291,33 +316,6 @@ class Captioner:
             return [cropped(frames[0])]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             return list(pool.map(cropped, frames))
-
-    def _captions(
-        self, candidates: list[list[Candidate]], pooled: Tensor, options: DecodeOptions, similarity: bool
-    ) -> list[Caption]:
-        wanted = (similarity or options.rerank) and self.encoder.has_text
-        scores = self._similarities(candidates, pooled) if wanted else None
-        captions = []
-        for row, ranked in enumerate(candidates):
-            order = list(range(len(ranked)))
-            if options.rerank and scores is not None:
-                order.sort(key=lambda i: -scores[row][i])
-            best = ranked[order[0]]
-            if best.is_spoilt:
-                captions.append(Caption.failed(FrameError("model", _SPOILT)))
-                continue
-            captions.append(
-                Caption(
-                    text=best.text,
-                    logprob=round(best.logprob, DECIMALS),
-                    min_logprob=round(best.min_logprob, DECIMALS),
-                    tokens=len(best.tokens),
-                    similarity=round(scores[row][order[0]], DECIMALS) if scores is not None and similarity else None,
-                    status="truncated" if best.truncated else "ok",
-                    candidates=tuple(ranked[i].text for i in order) if len(ranked) > 1 else (),
-                )
-            )
-        return captions
 
     def _similarities(self, candidates: list[list[Candidate]], pooled: Tensor) -> list[list[float]]:
         texts = [candidate.text for ranked in candidates for candidate in ranked]
@@ -334,38 +332,6 @@ def load_bridge(path: Path, bridge: Bridge, decoder: RuGpt) -> None:
     own = {name.removeprefix(BRIDGE_PREFIX): tensor for name, tensor in state.items() if name not in crossing}
     load_strictly(bridge, own, path)
     decoder.load_cross_attention_state(crossing, path)
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """``auto`` → the GPU if there is one, else the CPU. Raises SettingsError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise SettingsError(f"device {device!r} is unknown; use auto, cpu or cuda") from error
-    if chosen.type not in ENCODE_BATCH:
-        raise SettingsError(f"device {str(device)!r} is not supported; use auto, cpu or cuda")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"device {str(device)!r} was asked for, but no GPU is visible; use auto or cpu")
-    if chosen.index not in (None, 0):  # streams, events and graphs are those of the current device
-        raise SettingsError(
-            f"device {str(device)!r}: set CUDA_VISIBLE_DEVICES={chosen.index} and use cuda, one GPU per process"
-        )
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """``auto`` → float16 on a GPU, float32 on the CPU. Raises SettingsError for an unknown name, and int8 on a GPU."""
-    if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise SettingsError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
-    if dtype is torch.int8 and device.type != "cpu":
-        raise SettingsError(f"dtype int8 is for the CPU, and the device is {device.type}; use float16, or device cpu")
-    return dtype
 
 
 def frame_seed(pixels: np.ndarray, seed: int) -> int:

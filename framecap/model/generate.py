@@ -22,7 +22,7 @@ from framecap.model.slots import Job, SlotLoop
 from framecap.model.step import CudaGraphs, Recorder, Shapes
 from framecap.model.stopping import Candidate
 
-__all__ = ["Candidate", "DecodeOptions", "FrameBatch", "Generator", "generate"]
+__all__ = ["Candidate", "DecodeOptions", "Decoding", "FrameBatch", "Generator", "generate"]
 
 MAX_ROWS = {"cpu": 128, "cuda": 1024}
 
@@ -34,6 +34,55 @@ class FrameBatch:
     prefix: Tensor | None
     memory: Tensor | None
     seeds: list[int]
+
+
+class Decoding:
+    """Frames under way: those that wait for a slot, those that have one, and those whose samples are not all drawn.
+
+    Frames are numbered from 0 in the order in which they are added; ``Generator.start`` makes one.
+    """
+
+    def __init__(self, generator: Generator, options: DecodeOptions, slots: int) -> None:
+        self.options, self.slots = options, slots
+        self._generator = generator
+        self._samples = options.num_return_sequences if options.do_sample else 1
+        self._frames = 0
+        self._waiting: deque[Job] = deque()
+        self._partial: dict[int, dict[int, Candidate]] = {}
+        self.loop: SlotLoop | None = None
+
+    def add(self, batch: FrameBatch) -> range:
+        """Let frames wait for slots; returns their numbers. All prefixes must have one length, all memories too."""
+        jobs = _jobs(self._generator.decoder, batch, self._frames, self._samples)
+        if self.loop is None and jobs:
+            self.loop = self._generator.take_loop(self.options, jobs[0], self.slots)
+        self._waiting.extend(jobs)
+        self._frames += len(batch.seeds)
+        return range(self._frames - len(batch.seeds), self._frames)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether more slots may become free than frames wait."""
+        return len(self._waiting) < (self.loop.slots if self.loop else 1)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all frames that were added have come out."""
+        return not self._waiting and (self.loop is None or self.loop.idle)
+
+    def turn(self) -> list[tuple[int, list[Candidate]]]:
+        """One token for every frame that has a slot; the frames that are finished, with their candidates."""
+        finished: list[tuple[int, list[Candidate]]] = []
+        for job, candidates in self.loop.turn(self._waiting) if self.loop is not None else ():
+            if self._samples == 1:
+                finished.append((job.frame, candidates))
+                continue
+            drawn = self._partial.setdefault(job.frame, {})
+            drawn[job.sample] = candidates[0]
+            if len(drawn) == self._samples:
+                finished.append((job.frame, [drawn[place] for place in range(self._samples)]))
+                del self._partial[job.frame]
+        return finished
 
 
 class Generator:
@@ -80,47 +129,34 @@ class Generator:
         how many there will be, if that is known: few need few slots, so what does not fit the memory does when it is
         halved.
         """
+        decoding = self.start(options, frames)
+        source, exhausted = iter(batches), False
+        while True:
+            while not exhausted and decoding.wants_more:
+                batch = next(source, None)
+                if batch is None:
+                    exhausted = True
+                else:
+                    decoding.add(batch)
+            if decoding.is_idle:
+                self.keep(decoding)
+                return
+            yield from decoding.turn()
+
+    def start(self, options: DecodeOptions, frames: int | None = None) -> Decoding:
+        """A decoding without frames yet, for at most ``frames`` at a time if that is given."""
+        return Decoding(self, options, self.slots(options, frames))
+
+    def slots(self, options: DecodeOptions, frames: int | None = None) -> int:
+        """How many captions are made at a time, where ``frames`` are to come (None: any number)."""
         rows = self.max_rows
         if frames is not None:
             rows = min(rows, frames * max(options.num_beams, options.num_return_sequences))
             if self.static:
                 rows = Shapes.static(self.max_rows).rows_for(rows)
-        return self._stream(batches, options, rows)
+        return max(1, rows // options.num_beams)
 
-    def _stream(
-        self, batches: Iterable[FrameBatch], options: DecodeOptions, max_rows: int
-    ) -> Iterator[tuple[int, list[Candidate]]]:
-        loop: SlotLoop | None = None
-        samples = options.num_return_sequences if options.do_sample else 1
-        waiting: deque[Job] = deque()
-        partial: dict[int, dict[int, Candidate]] = {}
-        source, number, exhausted = iter(batches), 0, False
-        while True:
-            while not exhausted and len(waiting) < (loop.slots if loop else 1):
-                batch = next(source, None)
-                if batch is None:
-                    exhausted = True
-                    break
-                waiting.extend(_jobs(self.decoder, batch, number, samples))
-                number += len(batch.seeds)
-                if loop is None and waiting:
-                    loop = self._take_loop(options, waiting[0], max(1, max_rows // options.num_beams))
-            if loop is None:
-                return
-            if not waiting and loop.idle:
-                self._keep_loop(loop)
-                return
-            for job, candidates in loop.turn(waiting):
-                if samples == 1:
-                    yield job.frame, candidates
-                    continue
-                drawn = partial.setdefault(job.frame, {})
-                drawn[job.sample] = candidates[0]
-                if len(drawn) == samples:
-                    yield job.frame, [drawn[place] for place in range(samples)]
-                    del partial[job.frame]
-
-    def _take_loop(self, options: DecodeOptions, first: Job, slots: int) -> SlotLoop:
+    def take_loop(self, options: DecodeOptions, first: Job, slots: int) -> SlotLoop:
         """The kept loop if it fits, else a new one; whoever stops half-way leaves none behind."""
         kept, self._kept = self._kept, None
         # Seeds come with the frames.
@@ -131,9 +167,10 @@ class Generator:
         shapes = Shapes.static(slots) if self.static else Shapes()
         return SlotLoop(self.decoder, options, first, slots, shapes, self._recorder)
 
-    def _keep_loop(self, loop: SlotLoop) -> None:
-        if self.static:
-            self._kept = loop
+    def keep(self, decoding: Decoding) -> None:
+        """Keep the loop of a decoding that is idle, with its recordings, for the next one like it."""
+        if self.static and decoding.loop is not None:
+            self._kept = decoding.loop
 
 
 def generate(

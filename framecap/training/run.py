@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from framecap.errors import TrainingError
-from framecap.model.captioner import BRIDGE_WEIGHTS, choose_device
+from framecap.model.captioner import BRIDGE_WEIGHTS
 from framecap.model.captioner_config import CaptionerConfig
 from framecap.model.convert import assemble
+from framecap.model.devices import choose_device
 from framecap.model.rugpt import RuGpt
 from framecap.model.weights import write_state_dict
 from framecap.storage import is_local
