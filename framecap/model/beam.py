@@ -80,13 +80,12 @@ class BeamSearch:
     def _continuations(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The ``keep`` best continuations of each frame: total score, parent beam, token, its logprob."""
         open_beams, vocabulary = logits.shape[1:]
-        normaliser = logits.logsumexp(dim=2, keepdim=True)
+        raw = logits.log_softmax(dim=2)
         width = min(self.keep, vocabulary)
         if self.options.repetition_penalty == 1.0 and not self.options.no_repeat_ngram_size:
-            best, token = logits.topk(width, dim=2)
-            best = logprob = best - normaliser
+            best, token = raw.topk(width, dim=2)
+            logprob = best
         else:
-            raw = logits - normaliser
             tokens = self.tokens[rows, :open_beams].flatten(0, 1)
             steps = self.steps[rows].repeat_interleave(open_beams)
             changed = penalise(raw.flatten(0, 1), tokens, steps, self.options).view(raw.shape)

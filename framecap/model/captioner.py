@@ -27,7 +27,7 @@ from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_
 from framecap.model.devices import choose_device, choose_dtype
 from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, Generator
 from framecap.model.images import Frame, crop_and_resize, normalise
-from framecap.model.packed import use_eight_bits
+from framecap.model.packed import pack_linears, use_eight_bits
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.rugpt import RuGpt
 from framecap.model.transfer import ahead
@@ -120,6 +120,7 @@ class Captioner:
         check_fit(config.bridge, encoder.config, decoder.config)
         bridge = build_bridge(config.bridge)
         load_bridge(directory / BRIDGE_WEIGHTS, bridge, decoder)
+        pack_linears(bridge)
         if weights is torch.int8:
             use_eight_bits(encoder)
             use_eight_bits(decoder)
@@ -285,7 +286,7 @@ class Captioner:
             for result in results:
                 if isinstance(result, FrameError):
                     raise result
-            parts.append(_unit(self.features(np.stack(results)).pooled))  # type: ignore[arg-type]
+            parts.append(unit(self.features(np.stack(results)).pooled))  # type: ignore[arg-type]
         return _rows(parts, self.encoder.config.embed_dim)
 
     @torch.inference_mode()
@@ -293,7 +294,7 @@ class Captioner:
         """ruCLIP embeddings of texts, float32 [N, D], L2-normalised. Raises CaptionerError without a text tower."""
         with planless_attention():
             parts = [
-                _unit(self.encoder.encode_text(self.encoder.tokenize(list(batch))))
+                unit(self.encoder.encode_text(self.encoder.tokenize(list(batch))))
                 for batch in _chunks(texts, ENCODE_BATCH[self.device.type])
             ]
         return _rows(parts, self.encoder.config.embed_dim)
@@ -320,7 +321,7 @@ class Captioner:
     def _similarities(self, candidates: list[list[Candidate]], pooled: Tensor) -> list[list[float]]:
         texts = [candidate.text for ranked in candidates for candidate in ranked]
         counts = [len(ranked) for ranked in candidates]
-        images = np.repeat(_unit(pooled), counts, axis=0)
+        images = np.repeat(unit(pooled), counts, axis=0)
         scores = iter((images * self.embed_texts(texts)).sum(axis=1).tolist())
         return [[next(scores) for _ in range(count)] for count in counts]
 
@@ -376,7 +377,8 @@ def _check_list(frames: object) -> None:
         raise SettingsError(f"frames is one {type(frames).__name__}; give a list of pictures: [frame]")
 
 
-def _unit(embeddings: Tensor) -> np.ndarray:
+def unit(embeddings: Tensor) -> np.ndarray:
+    """float32 [N, D] on the host, L2-normalised."""
     return torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
 
 

@@ -15,6 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# The cache is read in whole units of so many entries. Sums over them are then made in one order, however long the
+# longest caption is: on a CPU, what a frame gets does not depend on its neighbours, to the last bit.
+_UNIT = 16
+
+
+def whole_units(entries: int) -> int:
+    """The number of entries that are read for so many that count."""
+    return -(-entries // _UNIT) * _UNIT
+
 
 @dataclass
 class Window:
@@ -57,7 +66,8 @@ class KvCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> KvCache:
-        """Reserve ``layers`` × 2 × [slots, max_len, heads, head_dim], and as much again for a memory."""
+        """Reserve ``layers`` × 2 × [slots, max_len in whole units, heads, head_dim], and as much for a memory."""
+        max_len = whole_units(max_len)
 
         def block(length: int) -> Tensor:
             return torch.zeros(slots, length, heads, head_dim, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from framecap.model.kv_cache import KvCache
+from framecap.model.kv_cache import KvCache, whole_units
 from framecap.model.rugpt import RuGpt
 from framecap.model.stopping import Candidate
 
@@ -102,8 +102,9 @@ def decode_one_token(
     places = torch.arange(search.beams, device=fed.device)
     columns = prefix_len + fed[:, None] * search.beams + places
     entries = tokens * search.beams
-    mask = decoder.wte.weight.new_zeros(live.stop, 1, search.beams, prefix_len + entries)
-    mask[:, 0, :, prefix_len:].masked_fill_(~search.seen(live, entries), float("-inf"))
+    mask = decoder.wte.weight.new_zeros(live.stop, 1, search.beams, whole_units(prefix_len + entries))
+    mask[:, 0, :, prefix_len : prefix_len + entries].masked_fill_(~search.seen(live, entries), float("-inf"))
+    mask[:, 0, :, prefix_len + entries :] = float("-inf")
     return decoder.decode_one_token(search.last_ids(live), prefix_len + fed, columns, mask, cache)
 
 

@@ -48,7 +48,7 @@ class Stepwise:
             chosen = sample(scores, self.uniform[rows].gather(1, place)[:, 0], self.options)
         else:
             chosen = scores.argmax(dim=1)
-        logprob = logits.gather(1, chosen[:, None]) - logits.logsumexp(dim=1, keepdim=True)
+        logprob = logits.log_softmax(dim=1).gather(1, chosen[:, None])
         tokens.scatter_(1, place, chosen[:, None])
         self.logprobs[rows].scatter_(1, place, logprob)
         steps += ~finished
