@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from shards import caption, jpeg, read_output, shard_table, skip_ray, without_ray
 
 from framecap.errors import SettingsError
-from framecap.model.captioner import Caption, bundled_captioner
-from framecap.model.decode_options import DecodeOptions
-from framecap.model.ruclip import ImageFeatures
-from framecap.pipeline.read import ChunkFrames
-from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.run import main
 from framecap.pipeline.settings import CaptionSettings
-from framecap.pipeline.stages import CaptionActor, _Captioned
 
 __all__ = ["without_ray"]  # a fixture
 FRAMES = 60
@@ -199,108 +188,6 @@ def test_a_run_that_fails_as_a_whole_stops(tmp_path: Path, tiny_captioner_dir: P
     summary = caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, batch_size=50)
     assert summary.exit_code == 3
     assert "max-error-rate" in (summary.stopped or "")
-
-
-class Fragile:
-    """A captioner whose memory holds ``most`` frames, and which fails on a picture that starts with 255 when it is
-    encoded, and on one that starts with 254 when its caption is made."""
-
-    resolution = 8
-
-    def __init__(self, most: int, poison: str = "this frame is poison") -> None:
-        self.most, self.poison = most, poison
-        self.encoded: list[int] = []
-        self.captioned: list[int] = []
-
-    def features(self, pixels: np.ndarray) -> ImageFeatures:
-        self.encoded.append(len(pixels))
-        self._bear(pixels[:, 0, 0, :1], 255)
-        first = torch.from_numpy(pixels[:, 0, 0, :1].astype(np.float32))
-        return ImageFeatures(first, first[:0, None])
-
-    def caption_features(
-        self, features: ImageFeatures, options: DecodeOptions, seeds: Sequence[int], similarity: bool
-    ) -> list[Caption]:
-        self.captioned.append(len(seeds))
-        values = features.pooled.numpy()
-        self._bear(values, 254)
-        return [Caption(str(int(value))) for value in values[:, 0]]
-
-    def _bear(self, values: np.ndarray, poison: int) -> None:
-        if len(values) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if (values == poison).any():
-            raise ValueError(self.poison)
-
-
-def fragile_actor(folder: Path, most: int = 100, poison: str = "this frame is poison", **options: Any) -> CaptionActor:
-    """An actor with a ``Fragile`` captioner; ``options``: of ``ActorOptions``."""
-    actor = CaptionActor(ActorOptions(bundled_captioner(), str(folder), "f", DecodeOptions(), batch_size=16, **options))
-    actor._captioner = Fragile(most, poison)  # type: ignore[assignment]
-    return actor
-
-
-def caption_pictures(actor: CaptionActor, values: Sequence[int], group: str | None = None) -> _Captioned:
-    """What the actor makes of a chunk with a picture for each of ``values``."""
-    count = len(values)
-    pixels = np.stack([np.full((8, 8, 3), value, np.uint8) for value in values])
-    digests = [bytes([value]) for value in values]
-    frames = ChunkFrames((), list(range(count)), [0] * count, digests, groups=[group] * count)
-    return actor._captions(frames, pixels)
-
-
-def test_a_batch_that_does_not_fit_is_halved_and_later_ones_start_smaller(tmp_path: Path) -> None:
-    actor = fragile_actor(tmp_path, most=5, share_identical=False)
-    fragile: Any = actor._captioner
-    captions = caption_pictures(actor, range(16)).captions
-    assert [caption.text for caption in captions] == [str(value) for value in range(16)]
-    fragile.encoded.clear()
-    caption_pictures(actor, range(16))
-    assert fragile.encoded == fragile.captioned[-4:] == [4, 4, 4, 4]
-
-
-@pytest.mark.parametrize("poison", [254, 255], ids=["captioned", "encoded"])
-@pytest.mark.parametrize("options", [{}, {"embedding_size": 1}, {"reuse_similarity": 1.0}], ids=str)
-def test_a_frame_that_breaks_its_batch_is_found_and_becomes_an_error_row(
-    tmp_path: Path, poison: int, options: dict[str, Any]
-) -> None:
-    actor = fragile_actor(tmp_path, **options)
-    captions, _, embeddings = caption_pictures(actor, [*range(1, 12), poison, 12, 13])
-    assert [caption.status for caption in captions] == ["ok"] * 11 + ["error"] + ["ok"] * 2
-    assert captions[11].error is not None
-    assert captions[11].error.startswith("model: ValueError: this frame is poison")
-    if "embedding_size" in options:
-        without = [row for row, embedding in enumerate(embeddings) if embedding is None]
-        assert without == ([11] if poison == 255 else [])
-
-
-def test_near_frames_of_one_that_broke_its_batch_get_captions_of_their_own(tmp_path: Path) -> None:
-    actor = fragile_actor(tmp_path, similarity=False, reuse_similarity=0.9)
-    captions, reused, _ = caption_pictures(actor, [254, 1, 2], group="video")
-    assert [caption.status for caption in captions] == ["error", "ok", "ok"]
-    assert reused == [None] * 3
-
-
-def test_a_chunk_is_encoded_once_whatever_is_asked_for(tmp_path: Path) -> None:
-    actor = fragile_actor(tmp_path, similarity=False, reuse_similarity=0.9, embedding_size=1)
-    caption_pictures(actor, range(1, 9), group="video")
-    fragile: Any = actor._captioner
-    assert (fragile.encoded, fragile.captioned) == ([8], [1])
-
-
-def caption_on_a_lost_gpu(folder: Path) -> None:
-    caption_pictures(fragile_actor(folder, poison="CUDA error: an illegal memory access was encountered"), [1, 255, 2])
-
-
-def test_an_actor_whose_gpu_answers_no_more_gives_way(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its batch is then another actor's; no frame is blamed."""
-    actor = multiprocessing.get_context("spawn").Process(target=caption_on_a_lost_gpu, args=(tmp_path,))
-    actor.start()
-    actor.join(timeout=120)
-    assert actor.exitcode == 1
-    said = capfd.readouterr().err
-    assert "this GPU answers no more" in said
-    assert "Traceback" not in said, "an exception would end the whole run"
 
 
 UNREACHABLE = '{"endpoint_url": "http://127.0.0.1:9", "key": "a", "secret": "b"}'

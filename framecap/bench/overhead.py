@@ -160,7 +160,7 @@ def job_run(captioner: Path, work: Path, out: str, batch: int, actors: int) -> t
             raise CaptionerError(f"the job ended with exit code {job.returncode}: {log.read().decode()[-2000:]}")
     [summary] = (work / out / "_framecap" / "runs").glob("*/summary.json")
     seconds = json.loads(summary.read_text())["stage_seconds"]
-    wait = seconds["wait"] / sum(seconds[stage] for stage in ("wait", "encode", "generate", "write"))
+    wait = seconds["wait"] / sum(seconds[stage] for stage in ("wait", "encode", "generate"))
     return list(ends.values()), wait
 
 

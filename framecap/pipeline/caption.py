@@ -28,6 +28,7 @@ from framecap.storage import OPTIONS_VARIABLE
 
 log = logging.getLogger(__name__)
 _MOST_BLOCKS = 10_000
+_CALLS = 3  # chunks that an actor works on at once: enough that frames wait for every slot that becomes free
 
 
 def start_ray(settings: CaptionSettings) -> Resources:
@@ -139,7 +140,11 @@ def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> 
                 batch_size=1,  # a chunk, as its block is; with num_gpus Ray refuses None
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(
-                    min_size=resources.min_actors, max_size=resources.actors, max_tasks_in_flight_per_actor=2
+                    min_size=resources.min_actors,
+                    max_size=resources.actors,
+                    max_concurrent_calls_per_actor=_CALLS,
+                    enable_true_multi_threading=True,
+                    max_tasks_in_flight_per_actor=2 * _CALLS,  # with fewer Ray starts no more actors
                 ),
                 num_cpus=resources.num_cpus,
                 num_gpus=resources.num_gpus or None,

@@ -1,77 +1,60 @@
 """GPU stage: a pool of actors, each with one captioner, turns chunks of pixels into fragments.
 
-A batch that does not fit the memory is halved and tried again; a frame that breaks a batch is found by
-halving and becomes an error row. Knows nothing of reading or publishing shards.
+An actor works on several chunks at once, which share the slots of its decoding loop (``framecap.model.shared``); how
+a chunk is captioned says ``chunk.py``. Knows nothing of reading or publishing shards.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
 import time
 from collections import Counter as Tally
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from framecap.errors import FrameError, ShardError
-from framecap.model.captioner import DECIMALS, Caption, Captioner
+from framecap.errors import ShardError
+from framecap.model.captioner import Caption, Captioner
 from framecap.model.images import Pixels
-from framecap.model.ruclip import ImageFeatures
+from framecap.model.shared import Seconds, SharedCaptioner
+from framecap.pipeline.chunk import ChunkCaptioner
 from framecap.pipeline.fragments import write_fragment
 from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions, ChunkRecord
-from framecap.schema import EMBEDDING_COLUMN, REUSED_IDENTICAL, REUSED_SIMILAR, caption_schema
+from framecap.schema import EMBEDDING_COLUMN, caption_schema
 
-log = logging.getLogger(__name__)
-_REMEMBERED = 20_000  # captions an actor keeps for frames with the same bytes
-_T = TypeVar("_T")
 RECORD_SCHEMA = pa.schema([("record", pa.binary())])
 
 
-class _Captioned(NamedTuple):
-    """Row by row: the caption, why it was not made for this row if it was not, float16 [D] of the frame."""
-
-    captions: list[Caption]
-    reused: list[str | None]
-    embeddings: list[np.ndarray | None]
-
-
 class CaptionActor:
-    """One captioner on one device; called by Ray Data with blocks of chunks."""
+    """One captioner on one device; called by Ray Data with blocks of chunks, by several threads at once."""
 
     def __init__(self, options: ActorOptions) -> None:
         self._options = options
         torch.set_num_threads(options.threads)
-        self._captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype)
-        self._remembered: OrderedDict[bytes, Caption] = OrderedDict()
-        self._rows = options.batch_size
+        captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype)
+        self._size = captioner.resolution
+        shared = SharedCaptioner(captioner, options.decode, options.similarity)
+        self._captioner = ChunkCaptioner(shared, options)
         self._metrics = _Metrics()
-        self._idle_since = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """``CHUNK_SCHEMA`` → ``RECORD_SCHEMA``: one record per chunk."""
         records = []
         for chunk, pixels in zip(block.column("chunk"), block.column("pixels"), strict=True):
             frames: ChunkFrames = pickle.loads(chunk.as_py())
-            size = self._captioner.resolution
-            array = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(-1, size, size, 3)
+            array = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(-1, self._size, self._size, 3)
             records.append(pickle.dumps(self._caption_chunk(frames, array)))
         return pa.table([pa.array(records, pa.binary())], schema=RECORD_SCHEMA)
 
     def _caption_chunk(self, frames: ChunkFrames, pixels: Pixels) -> ChunkRecord:
-        begun, encoded_before = time.perf_counter(), self._captioner.encode_seconds
-        waited = begun - self._idle_since
-        captions, reused, embeddings = self._captions(frames, pixels)
-        captioned, encode = time.perf_counter(), self._captioner.encode_seconds - encoded_before
+        seconds: Seconds = {"wait": 0.0, "encode": 0.0, "generate": 0.0}
+        captions, reused, embeddings = self._captioner.caption(frames, pixels, seconds)
+        captioned = time.perf_counter()
         pieces = tuple(piece for piece in frames.pieces if piece.shard not in frames.failed)
         name, failed = "", frames.failed
         if pieces:
@@ -81,7 +64,6 @@ class CaptionActor:
             except OSError as error:  # these rows are lost to this run; the others, and other shards, go on
                 failed = failed | {p.shard: ShardError("unwritable", str(error)[:300]) for p in pieces}
                 pieces, captions, reused = (), [], []
-        self._idle_since = time.perf_counter()
         record = ChunkRecord(
             fragment=name,
             pieces=pieces,
@@ -94,186 +76,17 @@ class CaptionActor:
             seconds={
                 "read": frames.read_s,
                 "decode": frames.decode_s,
-                "wait": waited,
-                "encode": encode,
-                "generate": captioned - begun - encode,
-                "write": self._idle_since - captioned,
+                **seconds,
+                "write": time.perf_counter() - captioned,
             },
         )
         self._metrics.observe(record, frames.rows() / self._options.batch_size)
         return record
 
-    def _captions(self, frames: ChunkFrames, pixels: Pixels) -> _Captioned:
-        first_row: dict[int, int] = {}
-        for row, slot in enumerate(frames.slots):
-            if slot >= 0:
-                first_row.setdefault(slot, row)
-        threshold, embeds = self._options.reuse_similarity, self._options.embedding_size is not None
-        made = self._known(frames, first_row) if threshold is None else {}
-        marks = dict.fromkeys(made, REUSED_IDENTICAL)
-        encoded = self._encode(pixels, [slot for slot in first_row if embeds or slot not in made])
-        features = {slot: found for slot, found in encoded.items() if isinstance(found, ImageFeatures)}
-        made = {slot: found for slot, found in encoded.items() if isinstance(found, Caption)} | made
-        embeddings = _unit(features) if embeds or threshold is not None else {}
-        followers: dict[int, int] = {}
-        if threshold is not None:
-            encoded_rows = {slot: first_row[slot] for slot in features}
-            followers = similar_frames(frames, encoded_rows, embeddings, threshold)
-
-        def ask(slots: list[int]) -> None:
-            seeds = {slot: frames.seeds[first_row[slot]] for slot in slots}
-            answers = self._caption(features, seeds)
-            made.update(answers)
-            self._remember(frames, answers)
-
-        ask([slot for slot in features if slot not in made and slot not in followers])
-        # What broke one frame need not break those near it.
-        left_alone = {slot for slot, leader in followers.items() if made[leader].status == "error"}
-        ask(sorted(left_alone))
-        followers = {slot: leader for slot, leader in followers.items() if slot not in left_alone}
-        if followers:
-            made.update(self._shared(followers, made, embeddings))
-        marks.update(dict.fromkeys(followers, REUSED_SIMILAR))
-        return _Captioned(
-            [
-                made[slot] if slot >= 0 else Caption("", status="error", error=frames.errors[row])
-                for row, slot in enumerate(frames.slots)
-            ],
-            [
-                None if slot < 0 else marks.get(slot) or (REUSED_IDENTICAL if first_row[slot] != row else None)
-                for row, slot in enumerate(frames.slots)
-            ],
-            [embeddings[slot].astype(np.float16) if slot in embeddings else None for slot in frames.slots],
-        )
-
-    def _known(self, frames: ChunkFrames, slots: Iterable[int]) -> dict[int, Caption]:
-        """Captions of frames with the same bytes, made before."""
-        known = {}
-        if self._options.share_identical:
-            for slot in slots:
-                if (caption := self._remembered.get(frames.digests[slot])) is not None:
-                    known[slot] = caption
-                    self._remembered.move_to_end(frames.digests[slot])
-        return known
-
-    def _remember(self, frames: ChunkFrames, captions: Mapping[int, Caption]) -> None:
-        if not self._options.share_identical or self._options.reuse_similarity is not None:
-            return
-        for slot, caption in captions.items():
-            if caption.status != "error":
-                self._remembered[frames.digests[slot]] = caption
-        while len(self._remembered) > _REMEMBERED:
-            self._remembered.popitem(last=False)
-
-    def _encode(self, pixels: Pixels, slots: list[int]) -> dict[int, ImageFeatures | Caption]:
-        """Features of each of ``slots``, N = 1; an error caption for one that cannot be encoded."""
-
-        def work(part: list[int]) -> list[ImageFeatures]:
-            chosen = pixels if len(part) == len(pixels) else pixels[part]  # the rule, and saves a copy
-            return self._captioner.features(chosen).split()
-
-        return self._halve(slots, work)
-
-    def _caption(self, features: Mapping[int, ImageFeatures], seeds: Mapping[int, int]) -> dict[int, Caption]:
-        """Captions of the slots that have a seed, from their features."""
-
-        def work(slots: list[int]) -> list[Caption]:
-            joined = ImageFeatures.join([features[slot] for slot in slots])
-            options = self._options
-            own = [seeds[slot] for slot in slots]
-            return self._captioner.caption_features(joined, options.decode, own, options.similarity)
-
-        return self._halve(list(seeds), work)
-
-    def _shared(
-        self, followers: dict[int, int], made: dict[int, Caption], embeddings: Mapping[int, np.ndarray]
-    ) -> dict[int, Caption]:
-        """The caption of each follower's leader, with the follower's own similarity to it."""
-        if not (self._options.similarity and self._captioner.encoder.has_text):
-            return {slot: made[leader] for slot, leader in followers.items()}
-
-        def work(slots: list[int]) -> list[Caption]:
-            captions = [made[followers[slot]] for slot in slots]
-            texts = self._captioner.embed_texts([caption.text for caption in captions])
-            cosines = (np.stack([embeddings[slot] for slot in slots]) * texts).sum(axis=1).tolist()
-            return [
-                replace(caption, similarity=round(cosine, DECIMALS))
-                for caption, cosine in zip(captions, cosines, strict=True)
-            ]
-
-        return self._halve(list(followers), work)
-
-    def _halve(self, slots: list[int], work: Callable[[list[int]], Sequence[_T]]) -> dict[int, _T | Caption]:
-        """What ``work`` gives for each slot, a batch at a time; whatever breaks a batch costs only the frame that
-        did it, which gets an error caption."""
-        found: list[_T | Caption] = []
-        while len(found) < len(slots):
-            found += self._attempt(slots[len(found) : len(found) + self._rows], work)
-        return dict(zip(slots, found, strict=True))
-
-    def _attempt(self, slots: list[int], work: Callable[[list[int]], Sequence[_T]]) -> list[_T | Caption]:
-        try:
-            return list(work(slots))
-        except Exception as error:  # halved until the frame at fault stands alone
-            if _is_device_lost(error):
-                # An exception would end the whole run; a dead actor costs its batch and is replaced.
-                log.error("this GPU answers no more (%s); the actor gives way to a new one", error)
-                logging.shutdown()
-                os._exit(1)
-            out_of_memory = _is_out_of_memory(error)
-            log.warning("a batch of %d failed (%s); halving it", len(slots), error)
-            if len(slots) == 1:
-                cause = "out of memory" if out_of_memory else type(error).__name__
-                return [Caption.failed(FrameError("model", f"{cause}: {str(error)[:200]}"))]
-        middle = len(slots) // 2
-        if out_of_memory:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self._rows = max(1, min(self._rows, middle))
-        return self._attempt(slots[:middle], work) + self._attempt(slots[middle:], work)
-
-
-def _unit(features: Mapping[int, ImageFeatures]) -> dict[int, np.ndarray]:
-    """L2-normalised float32 [D] of each slot."""
-    if not features:
-        return {}
-    pooled = ImageFeatures.join(list(features.values())).pooled.float()
-    return dict(zip(features, torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy(), strict=True))
-
 
 def _are_retried(pieces: Chunk) -> list[bool]:
     """For each row of ``pieces`` whether it failed in an earlier run."""
     return [bool(piece.basis) for piece in pieces for _ in range(piece.start, piece.stop)]
-
-
-def similar_frames(
-    frames: ChunkFrames, first_row: dict[int, int], embeddings: Mapping[int, np.ndarray], threshold: float
-) -> dict[int, int]:
-    """slot → the slot whose caption it may share: the last frame of its group that gets one of its own.
-
-    ``first_row``: slot → row; ``embeddings``: slot → float32 [D], L2-normalised.
-    """
-    followers: dict[int, int] = {}
-    leaders: dict[str, int] = {}
-    for slot, row in sorted(first_row.items(), key=lambda item: item[1]):
-        group = frames.groups[row]
-        if group is None:
-            continue
-        leader = leaders.get(group)
-        if leader is not None and float(embeddings[slot] @ embeddings[leader]) >= threshold:
-            followers[slot] = leader
-        else:
-            leaders[group] = slot
-    return followers
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
-
-
-def _is_device_lost(error: Exception) -> bool:
-    """After such an error no call on this device succeeds: the actor must go, not the frames."""
-    return "CUDA error" in str(error) and not _is_out_of_memory(error)
 
 
 def captions_table(

@@ -1,0 +1,169 @@
+"""One captioner for several threads: continuous batching across the batches that they bring.
+
+A caption that is finished gives its slot to whatever frame waits, whichever thread brought it, so that no batch
+drains alone and the device is not idle while a thread does something else with its captions. All work on the device
+is done by one thread of its own, in the order in which it was asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+from framecap.model.captioner import Caption, Captioner, unit
+from framecap.model.decode_options import DecodeOptions
+from framecap.model.generate import Candidate, Decoding
+from framecap.model.ruclip import ImageFeatures
+
+log = logging.getLogger(__name__)
+# Tokens of every caption before whoever else waits for the device has it.
+_TURNS = 8
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+Seconds = dict[str, float]
+
+
+@dataclass(eq=False)
+class _Share:
+    """The frames of one call, their numbers in the decoding, and what has come out."""
+
+    features: ImageFeatures
+    seeds: Sequence[int]
+    numbers: range
+    found: dict[int, list[Candidate]] = field(default_factory=dict)
+    is_lost: bool = False
+
+    @property
+    def is_ended(self) -> bool:
+        return self.is_lost or len(self.found) == len(self.numbers)
+
+
+class SharedCaptioner:
+    """A captioner, and how it is to caption; every method may be called by several threads at once.
+
+    Every method adds the seconds for which it had the device to ``seconds``, under ``encode`` or ``generate``, and
+    under ``wait`` those for which the device had nothing to do before.
+    """
+
+    def __init__(self, captioner: Captioner, options: DecodeOptions, similarity: bool) -> None:
+        self._captioner, self._options, self._similarity = captioner, captioner.checked(options), similarity
+        self._device = ThreadPoolExecutor(1, "framecap-device")
+        self._idle_since = time.perf_counter()
+        self._decoding: Decoding | None = None
+        self._shares: list[_Share] = []
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the encoder has a text tower."""
+        return self._captioner.encoder.has_text
+
+    def features(self, pixels: np.ndarray, seconds: Seconds) -> ImageFeatures:
+        """See ``Captioner.features``."""
+        return self._on_device(seconds, "encode", self._captioner.features, pixels)
+
+    def embeddings(self, features: Sequence[ImageFeatures], seconds: Seconds) -> np.ndarray:
+        """Embeddings of frames that are encoded, float32 [N, D], L2-normalised."""
+        return self._on_device(seconds, "encode", lambda: unit(ImageFeatures.join(features).pooled))
+
+    def embed_texts(self, texts: Sequence[str], seconds: Seconds) -> np.ndarray:
+        """See ``Captioner.embed_texts``."""
+        return self._on_device(seconds, "generate", self._captioner.embed_texts, texts)
+
+    def caption_features(
+        self, features: Sequence[ImageFeatures], seeds: Sequence[int], seconds: Seconds
+    ) -> list[Caption]:
+        """Captions of frames that are encoded, a seed for each.
+
+        What another thread's frame breaks does no harm: the frames are then captioned without company, and only
+        what fails then is raised.
+        """
+        share = self._on_device(seconds, "generate", self._join, features, seeds)
+        while not share.is_ended:
+            self._on_device(seconds, "generate", self._advance, share)
+        work = self._caption_alone if share.is_lost else self._captions
+        return self._on_device(seconds, "generate", work, share)
+
+    def free_memory(self) -> None:
+        """Give back what the device's allocator keeps for later."""
+        if torch.cuda.is_available():
+            self._device.submit(torch.cuda.empty_cache).result()
+
+    def _on_device(
+        self, seconds: Seconds, stage: str, work: Callable[_P, _T], *args: _P.args, **named: _P.kwargs
+    ) -> _T:
+        def timed() -> _T:
+            begun = time.perf_counter()
+            seconds["wait"] = seconds.get("wait", 0.0) + begun - self._idle_since
+            try:
+                return work(*args, **named)
+            finally:
+                self._idle_since = time.perf_counter()
+                seconds[stage] = seconds.get(stage, 0.0) + self._idle_since - begun
+
+        return self._device.submit(timed).result()
+
+    # What follows runs in the device's thread.
+
+    def _join(self, features: Sequence[ImageFeatures], seeds: Sequence[int]) -> _Share:
+        """Let frames take part in the decoding that is under way; one with too few slots ends before."""
+        joined = ImageFeatures.join(features)
+        batch = self._captioner.frame_batch(joined, seeds)
+        generator = self._captioner.generator
+        if self._decoding is None or self._decoding.slots < generator.slots(self._options, len(seeds)):
+            self._drain()
+            self._decoding = generator.start(self._options, len(seeds))
+        try:
+            share = _Share(joined, seeds, self._decoding.add(batch))
+        except Exception:
+            if not self._shares:
+                self._decoding = None  # it may have no loop, for want of memory
+            raise
+        self._shares.append(share)
+        return share
+
+    def _advance(self, share: _Share) -> None:
+        """Some tokens for all captions, unless those of ``share`` have ended meanwhile."""
+        for _ in range(_TURNS):
+            if share.is_ended:
+                return
+            self._turn(share)
+
+    def _turn(self, asked_by: _Share | None = None) -> None:
+        """One token for all captions. An error ends the decoding; it is raised if only ``asked_by`` took part, else
+        all frames are lost to it: whose fault it was shows when they are captioned without company."""
+        assert self._decoding is not None
+        try:
+            for number, candidates in self._decoding.turn():
+                owner = next(share for share in self._shares if number in share.numbers)
+                owner.found[number] = candidates
+        except Exception as error:
+            self._decoding, lost, self._shares = None, self._shares, []
+            if lost == [asked_by]:
+                raise
+            log.warning("%d batches failed together (%s); captioning them one by one", len(lost), error)
+            for share in lost:
+                share.is_lost = True
+        self._shares = [share for share in self._shares if not share.is_ended]
+
+    def _drain(self) -> None:
+        """Go on until nobody takes part in the decoding; its loop is kept for the next."""
+        while self._shares:
+            self._turn()
+        if self._decoding is not None:
+            self._captioner.generator.keep(self._decoding)
+            self._decoding = None
+
+    def _captions(self, share: _Share) -> list[Caption]:
+        candidates = [share.found[number] for number in share.numbers]
+        return self._captioner.to_captions(candidates, share.features.pooled, self._options, self._similarity)
+
+    def _caption_alone(self, share: _Share) -> list[Caption]:
+        self._drain()
+        return self._captioner.caption_features(share.features, self._options, share.seeds, self._similarity)
