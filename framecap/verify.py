@@ -22,6 +22,7 @@ from tqdm import tqdm
 from framecap import schema
 from framecap.errors import ShardError
 from framecap.pipeline.listing import list_input, list_output, open_shard
+from framecap.pipeline.state import state_of
 from framecap.storage import check_endpoint, join, open_fs
 from framecap.verify_rows import IdStream, compare_rows
 
@@ -147,18 +148,32 @@ def _uneven_columns(checked: Sequence[_Checked]) -> Iterator[Fault]:
 
 
 def unfinished(uri: str) -> Iterator[Fault]:
-    """What a run left behind below ``uri``: fragments, a lock, temporary files."""
+    """What a run left behind below ``uri`` and in its state, wherever that is: fragments, a lock, temporary files."""
+    for name in _files(uri):
+        yield from _left_behind(name, name)
+    if (state := state_of(uri)) != join(uri, schema.STATE_FOLDER):
+        try:
+            for name in _files(state):
+                yield from _left_behind(join(state, name), join(schema.STATE_FOLDER, name))
+        except OSError as error:  # the state may be for operators only; the captions are to be verified still
+            yield Fault("unfinished", state, f"the state of this output cannot be looked through: {error}")
+
+
+def _files(uri: str) -> list[str]:
+    """Every file below ``uri``, by its path from there."""
     fs, root = open_fs(uri)
-    for file in sorted(fs.find(root)) if fs.exists(root) else []:
-        name = file[len(root.rstrip("/")) + 1 :]
-        base = name.rsplit("/", 1)[-1]
-        if name.startswith(f"{schema.STATE_FOLDER}/"):
-            if base.endswith(schema.SHARD_SUFFIX) or "/fragments/" in name:
-                yield Fault("unfinished", name, "fragment of a run that did not end")
-            elif base.startswith("lock"):
-                yield Fault("unfinished", name, "a run holds this output, or died holding it")
-        if base.startswith(".") and base.endswith(".tmp"):
-            yield Fault("unfinished", name, "temporary file of a write that did not end")
+    return [file[len(root.rstrip("/")) + 1 :] for file in sorted(fs.find(root))] if fs.exists(root) else []
+
+
+def _left_behind(where: str, name: str) -> Iterator[Fault]:
+    base = name.rsplit("/", 1)[-1]
+    if name.startswith(f"{schema.STATE_FOLDER}/"):
+        if base.endswith(schema.SHARD_SUFFIX) or "/fragments/" in name:
+            yield Fault("unfinished", where, "fragment of a run that did not end")
+        elif base.startswith("lock"):
+            yield Fault("unfinished", where, "a run holds this output, or died holding it")
+    if base.startswith(".") and base.endswith(".tmp"):
+        yield Fault("unfinished", where, "temporary file of a write that did not end")
 
 
 def _missing(name: str, root: str, columns: schema.InputColumns) -> Fault:

@@ -272,7 +272,8 @@ def test_columns_of_every_type_come_back_unchanged(tmp_path: Path, tiny_captione
 
 
 def test_the_output_opens_as_the_readme_says(dataset: tuple[Path, Path]) -> None:
-    """pandas and DuckDB by the folder alone; Polars by a pattern, since it looks into ``_framecap/`` as well."""
+    """pandas and DuckDB by the folder alone; Polars by a pattern, since it looks into ``_framecap/`` as well (by the
+    folder with ``--state-uri``: tests/test_state.py)."""
     import duckdb
     import pandas as pd
     import polars as pl

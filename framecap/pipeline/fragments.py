@@ -1,4 +1,4 @@
-"""Fragments: captions of one chunk, kept under OUT/_framecap/fragments until their shards are published.
+"""Fragments: captions of one chunk, kept in the state's ``fragments/`` until their shards are published.
 
 An Arrow IPC file whose metadata says which rows of which shards it holds; its name follows from that, so a
 retried task writes the same file again. Knows nothing of Ray.

@@ -23,6 +23,7 @@ from framecap.pipeline.publish import Places
 from framecap.pipeline.read import ReadOptions
 from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.state import check_state, place_state
 from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
 from framecap.storage import (
     MANIFEST,
@@ -62,16 +63,13 @@ class Job:
     embedding_size: int | None
     decode: DecodeOptions
     fingerprint: str
+    state_uri: str
     storage: dict[str, object]
     batch_size: int = 64
 
     @property
     def output_uri(self) -> str:
         return self.settings.output_uri
-
-    @property
-    def state_uri(self) -> str:
-        return join(self.output_uri, STATE_FOLDER)
 
     @property
     def lock_uri(self) -> str:
@@ -155,7 +153,7 @@ def prepare(settings: CaptionSettings) -> Job:
     Raises ``SettingsError``, ``CaptionerError`` or ``StorageError`` with one line that says the fix.
     """
     captioner = settings.captioner or str(Path(framecap.__file__).parent / "demo" / "mini")
-    places = (settings.input_uri, settings.output_uri, captioner)
+    places = [settings.input_uri, settings.output_uri, captioner, *filter(None, [settings.state_uri])]
     if settings.storage_options:
         os.environ[OPTIONS_VARIABLE] = json.dumps(name_scheme(settings.storage_options, places))
     for place in places:
@@ -168,7 +166,12 @@ def prepare(settings: CaptionSettings) -> Job:
         raise SettingsError(f"--input-uri {settings.input_uri} is an output of this job: it holds {STATE_FOLDER}/")
     if settings.prune and source.root.rstrip("/") != settings.input_uri.rstrip("/"):
         raise SettingsError(f"--prune needs a whole folder as --input-uri; {settings.input_uri} is a part of one")
-    _check_writable(settings.output_uri)
+    _check_writable("--output-uri", settings.output_uri)
+    state_uri = place_state(settings.output_uri, settings.state_uri, source)
+    if state_uri != join(settings.output_uri, STATE_FOLDER):
+        check_endpoint(state_uri)
+        _check_writable("--state-uri", state_uri)
+    check_state(settings.output_uri, state_uri)
     decode = decode_options(settings)
     return Job(
         settings=settings,
@@ -179,6 +182,7 @@ def prepare(settings: CaptionSettings) -> Job:
         embedding_size=encoder.embed_dim if settings.image_embedding else None,
         decode=decode,
         fingerprint=fingerprint((directory / MANIFEST).read_bytes(), _deciding(settings, decode)),
+        state_uri=state_uri,
         storage=storage_options(),
     )
 
@@ -215,20 +219,20 @@ def _local_captioner(captioner: str) -> Path:
         raise StorageError(f"--captioner {captioner} cannot be read: {error}") from error
 
 
-def _check_writable(output_uri: str) -> None:
-    """Raise ``SettingsError`` if OUT cannot be written; writes nothing itself."""
-    fs, path = open_fs(output_uri)
-    if is_local(output_uri):
+def _check_writable(flag: str, uri: str) -> None:
+    """Raise ``SettingsError`` if the folder cannot be written; writes nothing itself."""
+    fs, path = open_fs(uri)
+    if is_local(uri):
         place = Path(path)
         while not place.exists():
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK):
             what = "is not a folder" if not place.is_dir() else "is not writable"
-            raise SettingsError(f"--output-uri {output_uri} cannot be written: {place} {what}")
+            raise SettingsError(f"{flag} {uri} cannot be written: {place} {what}")
         return
     try:
         fs.ls(path)
     except FileNotFoundError:
         return
     except Exception as error:  # see above
-        raise SettingsError(f"--output-uri {output_uri} cannot be reached: {error}") from error
+        raise SettingsError(f"{flag} {uri} cannot be reached: {error}") from error

@@ -123,7 +123,7 @@ def mark_of(uri: str) -> str:
 
 def check_places(listing: Listing, input_uri: str, output_uri: str) -> None:
     """Raise ``SettingsError`` if outputs would be listed as inputs, overwrite them, or the reverse."""
-    source, target = _absolute(listing.root), _absolute(output_uri)
+    source, target = absolute(listing.root), absolute(output_uri)
     if source == target:
         raise SettingsError(f"--output-uri {output_uri} is where the frame shards are; choose another folder")
     if listing.recursive and target.startswith(source.rstrip("/") + "/"):
@@ -132,7 +132,8 @@ def check_places(listing: Listing, input_uri: str, output_uri: str) -> None:
         raise SettingsError(f"--input-uri {input_uri} lies inside --output-uri {output_uri}")
 
 
-def _absolute(uri: str) -> str:
+def absolute(uri: str) -> str:
+    """One spelling for one place, to compare places by; a local one without links."""
     fs, path = open_fs(stringify_path(uri))
     if is_local(uri):
         return str(Path(path).resolve())

@@ -18,6 +18,7 @@ from framecap.pipeline.plan import Plan, describe, list_shards_to_do, make_chunk
 from framecap.pipeline.progress import Progress
 from framecap.pipeline.publish import Publisher
 from framecap.pipeline.settings import CaptionSettings
+from framecap.pipeline.state import claim_state
 from framecap.pipeline.stops import StopRun, Stops
 from framecap.pipeline.summary import Summary, write_summary
 from framecap.pipeline.sweep import prune, sweep_temporary_files
@@ -61,6 +62,7 @@ def run(settings: CaptionSettings) -> Summary:
         summary = Summary.begin(job, plan)
         stops.watch(lock.check)
         resources = _start(job, plan, stops)
+        claim_state(job.output_uri, job.state_uri)
         job = job.sized_for(resources) if resources is not None else job
         publisher = Publisher(job.places, plan.todo, ledger, plan.later)
         try:
@@ -88,7 +90,8 @@ def _tidy(job: Job, plan: Plan, publisher: Publisher, summary: Summary, ledger: 
         if job.settings.prune:
             summary.pruned = prune(job, plan, ledger)
         ledger.compact()
-        sweep_temporary_files(job.output_uri)
+        for place in (job.output_uri, job.state_uri):
+            sweep_temporary_files(place)
     except OSError as error:
         log.warning("OUT is not tidied up (%s); the next run does it", error)
 

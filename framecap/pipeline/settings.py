@@ -19,6 +19,9 @@ class CaptionSettings(JobSettings):
 
     input_uri: str = Field(description="frame shards: a Parquet file, a folder (recursive) or a glob")
     output_uri: str = Field(description="folder of the caption shards; state goes to its _framecap/")
+    state_uri: str | None = Field(
+        None, description="folder for the state instead, so that OUT is Parquet only (none: where OUT has it)"
+    )
     captioner: str | None = Field(None, description="captioner directory or URI (none: the bundled mini)")
 
     id_column: str = Field("frame_id", description="input column that names a frame")

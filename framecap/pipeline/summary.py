@@ -1,4 +1,4 @@
-"""What a run did, in figures: OUT/_framecap/runs/<run_id>/summary.json."""
+"""What a run did, in figures: ``runs/<run_id>/summary.json`` of the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tidying up OUT: what killed writers left, and caption shards whose frame shard is gone."""
+"""Tidying up OUT and its state: what killed writers left, and caption shards whose frame shard is gone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|lock\.[0-9a-f]{32}(\.void)?")
 
 
-def sweep_temporary_files(output_uri: str) -> int:
-    """Delete temporary files of killed writers below OUT (local only: objects appear whole). Needs the lock."""
-    if not is_local(output_uri):
+def sweep_temporary_files(uri: str) -> int:
+    """Delete temporary files of killed writers below ``uri`` (local only: objects appear whole). Needs the lock."""
+    if not is_local(uri):
         return 0
     swept = 0
-    for folder, _, names in os.walk(open_fs(output_uri)[1]):
+    for folder, _, names in os.walk(open_fs(uri)[1]):
         for name in names:
             if _TEMPORARY.fullmatch(name):
                 Path(folder, name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import logging
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -23,11 +24,13 @@ from tqdm import tqdm
 from framecap import schema
 from framecap.errors import SettingsError, ShardError
 from framecap.pipeline.listing import list_input, list_output, open_shard
+from framecap.pipeline.state import state_of
 from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
 from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page, with_finite_scores
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
+log = logging.getLogger(__name__)
 _BATCH = 4096
 _PAGE_BYTES = 27_000_000
 
@@ -147,11 +150,15 @@ def render(page: dict[str, Any], pictures: list[str]) -> str:
 
 def run_summaries(captions: str) -> list[dict[str, Any]]:
     """The summaries of the runs that wrote ``captions``, newest first; at most 20."""
-    folder = join(captions, schema.STATE_FOLDER, "runs")
-    fs, path = open_fs(folder)
-    names = sorted(fs.find(path), reverse=True) if fs.exists(path) else []
-    runs = [name.split("/")[-2] for name in names if name.endswith("/summary.json")]
-    return [json.loads(read_bytes(join(folder, run_id, "summary.json"))) for run_id in runs[:20]]
+    folder = join(state_of(captions), "runs")
+    try:
+        fs, path = open_fs(folder)
+        names = sorted(fs.find(path), reverse=True) if fs.exists(path) else []
+        runs = [name.split("/")[-2] for name in names if name.endswith("/summary.json")]
+        return [json.loads(read_bytes(join(folder, run_id, "summary.json"))) for run_id in runs[:20]]
+    except OSError as error:  # a state of its own may be for operators only
+        log.warning("the report is without the runs in %s: %s", folder, error)
+        return []
 
 
 def _survey(captions: str, shards: Iterable[str], against: str | None, options: ReportOptions) -> _Survey:
