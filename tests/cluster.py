@@ -39,6 +39,7 @@ class Cluster:
             "--include-dashboard=true", f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}",
         )  # fmt: skip
         self.workers: list[subprocess.Popen[bytes]] = []
+        self._added = 0
         self._wait_until_up()
 
     def _start(self, *flags: str) -> subprocess.Popen[bytes]:
@@ -58,7 +59,11 @@ class Cluster:
                 time.sleep(0.5)
 
     def add_worker(self, cpus: int) -> None:
-        self.workers.append(self._start(f"--num-cpus={cpus}", f"--address={self.address}"))
+        """Add a node with a folder of its own, as a machine has: a node that comes up unpacks the working directory
+        of a job anew, and would take it away from the workers of another one in the same folder."""
+        self._added += 1
+        folder = f"--temp-dir={self._folder / f'w{self._added}'}"
+        self.workers.append(self._start(f"--num-cpus={cpus}", f"--address={self.address}", folder))
 
     def kill_worker(self) -> int:
         """SIGKILL everything of the oldest worker node at once, as when its machine loses power; returns how many

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,6 +72,15 @@ class Caption:
     def failed(cls, error: FrameError) -> Caption:
         """The row of a frame that could not be captioned."""
         return cls(text="", status="error", error=str(error))
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Frames that are decoded: their places in the caller's list, features [N, D], candidates by number."""
+
+    places: list[int]
+    pooled: Tensor
+    found: dict[int, list[Candidate]] = field(default_factory=dict)
 
 
 class Captioner:
@@ -163,8 +173,8 @@ class Captioner:
         _check_list(frames)
         options = self.checked(options or DecodeOptions())
         captions: dict[int, Caption] = {}
-        places: list[int] = []
-        pooled: list[Tensor] = []
+        under_way: dict[int, _Batch] = {}  # by the number that a frame has in the stream
+        numbers = itertools.count()
 
         def batches() -> Iterator[FrameBatch]:
             size = CAPTION_BATCH[self.device.type]
@@ -175,15 +185,18 @@ class Captioner:
                 if good:
                     pixels = np.stack(list(good.values()))
                     features = self.features(pixels)
-                    places.extend(good)
-                    pooled.append(features.pooled)
+                    batch = _Batch(list(good), features.pooled)
+                    under_way.update({next(numbers): batch for _ in good})
                     yield self.frame_batch(features, _seeds(pixels, options))
 
         # The next batch enters as the captions of this one end, so that none drains alone.
-        found = dict(self.generator.stream(batches(), options, len(frames)))
-        if places:
-            candidates = [found[number] for number in range(len(places))]
-            captions.update(zip(places, self.to_captions(candidates, torch.cat(pooled), options, True), strict=True))
+        for number, candidates in self.generator.stream(batches(), options, len(frames)):
+            batch = under_way.pop(number)
+            batch.found[number] = candidates
+            if len(batch.found) == len(batch.places):
+                ordered = [batch.found[number] for number in sorted(batch.found)]
+                made = self.to_captions(ordered, batch.pooled, options, similarity=True)
+                captions.update(zip(batch.places, made, strict=True))
         return [captions[place] for place in range(len(frames))]
 
     @torch.inference_mode()

@@ -28,7 +28,6 @@ from framecap.storage import OPTIONS_VARIABLE
 
 log = logging.getLogger(__name__)
 _MOST_BLOCKS = 10_000
-_CALLS = 3  # chunks that an actor works on at once: enough that frames wait for every slot that becomes free
 
 
 def start_ray(settings: CaptionSettings) -> Resources:
@@ -122,6 +121,10 @@ def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> 
     context.enable_progress_bars = False
     # A row is a chunk with all its pixels: every row is a block of its own, none is ever cut.
     context.target_max_block_size = 1
+    # An actor works on so many chunks at once, so that frames wait for every slot that becomes free.
+    calls = 3 if resources.num_gpus else 2
+    # One more chunk waits at it, and where one does more actors are started: Ray's measure is chunks per call.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.1
     context.execution_no_progress_timeout_s = job.settings.no_progress_timeout
     with ray.data.DataContext.current(context):
         items = [{"unit": pickle.dumps(unit)} for unit in units]
@@ -142,9 +145,9 @@ def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> 
                 compute=ray.data.ActorPoolStrategy(
                     min_size=resources.min_actors,
                     max_size=resources.actors,
-                    max_concurrent_calls_per_actor=_CALLS,
+                    max_concurrent_calls_per_actor=calls,
                     enable_true_multi_threading=True,
-                    max_tasks_in_flight_per_actor=2 * _CALLS,  # with fewer Ray starts no more actors
+                    max_tasks_in_flight_per_actor=calls + 1,
                 ),
                 num_cpus=resources.num_cpus,
                 num_gpus=resources.num_gpus or None,
