@@ -40,9 +40,9 @@ BRIDGE_PREFIX = "bridge."
 CROSS_ATTENTION_PREFIX = "decoder."
 # Frames per pass through a tower. On a CPU the activations of 8 stay in its caches (32 are a seventh slower).
 ENCODE_BATCH = {"cpu": 8, "cuda": 256}
-# Frames that are captioned together: on a GPU a step costs about the same for 1,024 captions as for a few, so that
-# the few long ones at the end of a batch should be shared by many.
-CAPTION_BATCH = {"cpu": 512, "cuda": 1024}
+# Frames that are encoded at a time and then wait for slots: as many as the decoder has (``generate.MAX_ROWS``), so
+# that memory is the same from the second batch on.
+CAPTION_BATCH = {"cpu": 128, "cuda": 1024}
 # Scores are rounded: their last bits depend on how many rows shared a matrix product.
 DECIMALS = 5
 _SPOILT = "the decoder's logits are not finite; if float16 is too narrow for it, take dtype bfloat16 or float32"
@@ -176,21 +176,24 @@ class Captioner:
         under_way: dict[int, _Batch] = {}  # by the number that a frame has in the stream
         numbers = itertools.count()
 
-        def batches() -> Iterator[FrameBatch]:
-            size = CAPTION_BATCH[self.device.type]
-            for start in range(0, len(frames), size):
-                results = dict(enumerate(self._pixels(frames[start : start + size]), start))
-                good = {place: pixels for place, pixels in results.items() if not isinstance(pixels, FrameError)}
-                captions.update({p: Caption.failed(e) for p, e in results.items() if isinstance(e, FrameError)})
-                if good:
-                    pixels = np.stack(list(good.values()))
-                    features = self.features(pixels)
-                    batch = _Batch(list(good), features.pooled)
-                    under_way.update({next(numbers): batch for _ in good})
-                    yield self.frame_batch(features, _seeds(pixels, options))
+        def encoded(start: int, chosen: Sequence[Frame]) -> FrameBatch | None:
+            """One batch; of its pixels nothing is kept while it is decoded."""
+            results = dict(enumerate(self._pixels(chosen), start))
+            good = {place: pixels for place, pixels in results.items() if not isinstance(pixels, FrameError)}
+            captions.update({p: Caption.failed(e) for p, e in results.items() if isinstance(e, FrameError)})
+            if not good:
+                return None
+            pixels = np.stack(list(good.values()))
+            features = self.features(pixels)
+            batch = _Batch(list(good), features.pooled)
+            under_way.update({next(numbers): batch for _ in good})
+            return self.frame_batch(features, _seeds(pixels, options))
 
+        size = CAPTION_BATCH[self.device.type]
+        starts = range(0, len(frames), size)
+        batches = filter(None, (encoded(start, frames[start : start + size]) for start in starts))
         # The next batch enters as the captions of this one end, so that none drains alone.
-        for number, candidates in self.generator.stream(batches(), options, len(frames)):
+        for number, candidates in self.generator.stream(batches, options, len(frames)):
             batch = under_way.pop(number)
             batch.found[number] = candidates
             if len(batch.found) == len(batch.places):
