@@ -15,12 +15,16 @@ from framecap.bench.overhead import End, rate
 from framecap.bench.scale import Sample, _tenths, main, sample, write_frames
 from framecap.errors import CaptionerError
 
-# Two processes, batches of four: a slow start until second 10, then one batch a second, two CPU seconds each.
-ENDS = [End(3, 4, 5), End(10, 4, 20), *(End(10 + turn, 4, 20 + 2 * turn) for turn in range(1, 5))]
+# Two processes, batches of four: a slow start until second 10, then one batch a second, two CPU seconds each; the
+# last batch of each, begun before, is soon done.
+ENDS = [
+    End(3, 4, 5), End(10, 4, 20), *(End(10 + turn, 4, 20 + 2 * turn) for turn in range(1, 5)),
+    End(14.1, 4, 29), End(14.2, 4, 30),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("clock", "expected"), [("wall", 4.0), ("cpu", 4.0)])
-def test_the_rate_counts_from_the_first_batch_of_the_last_process(clock: str, expected: float) -> None:
+def test_the_rate_leaves_out_the_first_and_the_last_batch_of_every_process(clock: str, expected: float) -> None:
     assert rate(ENDS, 2, clock) == pytest.approx(expected)
     assert rate(list(reversed(ENDS)), 2, clock) == pytest.approx(expected)
 

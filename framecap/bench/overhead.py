@@ -3,7 +3,7 @@
     python -m framecap.bench.overhead [--frames 256] [--batch 16] [--rounds 2] [--clock cpu]
 
 The bare loop is one process per core that decodes and captions its share of the frames, batch by batch, with one
-thread. Both are timed after start-up: from the first batch of every process to the last batch of all. Rounds
+thread. Both are timed after start-up: from the first batch of every process to its last but one. Rounds
 alternate. Random weights of real shape (b32-384, ruGPT3-small), so that the models dominate.
 
 ``--clock cpu`` is for a machine that others use: frames per CPU second of all processes (driver, raylet, readers
@@ -100,13 +100,16 @@ def make_captioner(shape: CaptionerShape, folder: Path) -> Path:
 
 
 def rate(ends: list[End], processes: int, clock: str) -> float:
-    """Frames per second of batches, from the first one that each of ``processes`` has finished."""
+    """Frames per second from the first batch that each of ``processes`` has finished to its last but one.
+
+    An actor works on the next batch before one is finished: what it has done of it by then counts at both ends.
+    """
     ends = sorted(ends, key=lambda end: end.wall)
-    if len(ends) < 2 * processes:
+    if len(ends) < 3 * processes:
         raise CaptionerError(f"{len(ends)} batches are too few to measure {processes} processes; give more frames.")
-    first, last = ends[processes - 1], ends[-1]
+    first, last = ends[processes - 1], ends[-processes - 1]
     seconds = last.wall - first.wall if clock == "wall" else (last.cpu - first.cpu) / processes
-    return sum(end.frames for end in ends[processes:]) / seconds
+    return sum(end.frames for end in ends[processes:-processes]) / seconds
 
 
 def bare_loop(captioner: Path, frames: list[bytes], batch: int, processes: int) -> list[End]:
