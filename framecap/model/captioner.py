@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -84,9 +83,9 @@ class _Batch:
 
 
 class Captioner:
-    """A ruCLIP encoder, a bridge and a ruGPT3 decoder on one device.
+    """A ruCLIP encoder, a bridge and a ruGPT3 decoder on one device, for one thread at a time.
 
-    ``encode_seconds`` is the time spent in the encoder's image tower so far, for whoever watches a run.
+    ``framecap.model.shared`` serves several.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class Captioner:
         self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
         self._source = source
         self.generator = Generator(decoder)
-        self.encode_seconds = 0.0
 
     @classmethod
     def from_pretrained(
@@ -273,12 +271,12 @@ class Captioner:
         return captions
 
     @torch.inference_mode()
-    def features(self, pixels: np.ndarray) -> ImageFeatures:
+    def features(self, pixels: np.ndarray | Tensor) -> ImageFeatures:
         """Cropped frames uint8 [N, R, R, 3] → the encoder's pooled [N, D] and patch [N, P + 1, W] features.
 
-        Patch features are many: without a bridge that reads them none are kept ([0, P + 1, W]).
+        ``pixels`` may be what ``transfer.pinned`` has made of an array. Patch features are many: without a bridge that
+        reads them none are kept ([0, P + 1, W]).
         """
-        begun = time.perf_counter()
         config, reads_patches = self.encoder.config, self.config.bridge.feature == "patches"
         pooled, patches = [], []
         size = ENCODE_BATCH[self.device.type]
@@ -290,8 +288,7 @@ class Captioner:
                 patches.append(made.patches if reads_patches else made.patches[:0].clone())
         features = ImageFeatures(torch.cat(pooled), torch.cat(patches))
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # once a call: the encoder's time is not the decoder's
-        self.encode_seconds += time.perf_counter() - begun
+            torch.cuda.synchronize(self.device)  # once a call, so that whoever takes the time knows the encoder's
         return features
 
     def embed_images(self, frames: Sequence[Frame]) -> np.ndarray:

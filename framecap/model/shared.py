@@ -21,6 +21,7 @@ from framecap.model.captioner import Caption, Captioner, unit
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import Candidate, Decoding
 from framecap.model.ruclip import ImageFeatures
+from framecap.model.transfer import pinned
 
 log = logging.getLogger(__name__)
 # Tokens of every caption before whoever else waits for the device has it.
@@ -65,8 +66,8 @@ class SharedCaptioner:
         return self._captioner.encoder.has_text
 
     def features(self, pixels: np.ndarray, seconds: Seconds) -> ImageFeatures:
-        """See ``Captioner.features``."""
-        return self._on_device(seconds, "encode", self._captioner.features, pixels)
+        """See ``Captioner.features``; the device is not kept waiting while ``pixels`` are brought into place."""
+        return self._on_device(seconds, "encode", self._captioner.features, pinned(pixels, self._captioner.device))
 
     def embeddings(self, features: Sequence[ImageFeatures], seconds: Seconds) -> np.ndarray:
         """Embeddings of frames that are encoded, float32 [N, D], L2-normalised."""

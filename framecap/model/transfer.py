@@ -24,18 +24,29 @@ def index(places: list[int], device: torch.device) -> Tensor:
     return to_device(torch.tensor(places, dtype=torch.long), device)
 
 
-def ahead(batches: Iterable[np.ndarray], device: torch.device) -> Iterator[Tensor]:
-    """``batches`` of uint8 on ``device``, each copied while the one before it is in use."""
+def pinned(array: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
+    """``array`` of uint8 in memory from which ``device`` can fetch it by itself; any thread may prepare it so."""
+    return _pin(array) if device.type == "cuda" else array
+
+
+def _pin(array: np.ndarray) -> Tensor:
+    tensor = torch.empty(array.shape, dtype=torch.uint8, pin_memory=True)
+    np.copyto(tensor.numpy(), array)
+    return tensor
+
+
+def ahead(batches: Iterable[np.ndarray | Tensor], device: torch.device) -> Iterator[Tensor]:
+    """``batches`` of uint8, tensors if they are pinned, on ``device``, each copied while that before it is in use."""
     if device.type != "cuda":
-        yield from (torch.from_numpy(batch.copy()) for batch in batches)  # they may be read-only
+        for batch in batches:
+            yield torch.from_numpy(batch.copy()) if isinstance(batch, np.ndarray) else batch  # it may be read-only
         return
     copying, using = _copy_stream(device), torch.cuda.current_stream(device)
 
-    def send(batch: np.ndarray) -> tuple[Tensor, torch.cuda.Event]:
-        pinned = torch.empty(batch.shape, dtype=torch.uint8, pin_memory=True)
-        np.copyto(pinned.numpy(), batch)
+    def send(batch: np.ndarray | Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        source = _pin(batch) if isinstance(batch, np.ndarray) else batch
         with torch.cuda.stream(copying):
-            moved = pinned.to(device, non_blocking=True)
+            moved = source.to(device, non_blocking=True)
             return moved, copying.record_event()
 
     sent: deque[tuple[Tensor, torch.cuda.Event]] = deque()
