@@ -52,6 +52,8 @@ def _as_seconds(value: object) -> object:
     """``90``, ``"90s"``, ``"15m"``, ``"7.5h"`` → seconds."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*([\d.]+)\s*([smhd]?)\s*", value)):
         return float(match[1]) * _UNITS[match[2]]
+    if isinstance(value, str):
+        raise ValueError("no time; give seconds (90), or 30m, 7.5h, 2d")
     return value
 
 
@@ -137,7 +139,7 @@ def flag(name: str) -> str:
 
 
 def _nearest(wrong: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"known ones: {', '.join(sorted(known))}"
 
 

@@ -34,6 +34,7 @@ from framecap.errors import BackendError, ChecksumError, FramecapError, MissingF
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
 MANIFEST = "manifest.json"
+_BACKENDS = {"s3": "s3fs", "gcs": "gcsfs", "azure": "adlfs"}  # object store → package
 _EXTRAS = {  # scheme → the object store, which is also the name of framecap's extra
     "s3": "s3",
     "s3a": "s3",
@@ -126,8 +127,8 @@ def open_fs(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
     try:
         fs, path = url_to_fs(text, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        fix = f"pip install 'framecap[{extra}]'" if extra else "install its fsspec backend"
+        store = _EXTRAS.get(scheme)
+        fix = f"pip install {_BACKENDS[store]}" if store else "install its fsspec backend"
         raise StorageError(f"{text}: no storage backend for {scheme}:// is installed; {fix}") from error
     except ValueError as error:
         raise StorageError(f"{text}: {error}; use a path, s3://, gs:// or abfs://") from error

@@ -153,7 +153,10 @@ def unfinished(uri: str) -> Iterator[Fault]:
         yield from _left_behind(name, name)
     if (state := state_of(uri)) != join(uri, schema.STATE_FOLDER):
         try:
-            for name in _files(state):
+            names = _files(state)
+            if not names:
+                yield Fault("unfinished", state, "the state of this output is not there; bring it back, or run the job")
+            for name in names:
                 yield from _left_behind(join(state, name), join(schema.STATE_FOLDER, name))
         except OSError as error:  # the state may be for operators only; the captions are to be verified still
             yield Fault("unfinished", state, f"the state of this output cannot be looked through: {error}")

@@ -28,6 +28,8 @@ from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.lock import OutputLock
 from framecap.pipeline.plan import Piece, ShardPlan
 from framecap.pipeline.publish import Places, Publisher
+from framecap.pipeline.records import ChunkRecord
+from framecap.pipeline.run import main
 from framecap.pipeline.stops import StopRun, Stops
 from framecap.schema import InputColumns, caption_schema
 
@@ -151,6 +153,22 @@ def test_a_second_signal_ends_the_run_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_ended_at_once_work_is_left(
+    tmp_path: Path, tiny_captioner_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "in", 2, 3)
+
+    def interrupted(*_: object) -> Iterator[ChunkRecord]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("framecap.pipeline.caption.caption_units", interrupted)
+    places = ["--input-uri", f"{tmp_path}/in", "--output-uri", f"{tmp_path}/out"]
+    assert main([*places, "--captioner", str(tiny_captioner_dir)]) == 75
+    assert "run the same line again" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "_framecap" / "lock").exists()
 
 
 @pytest.mark.parametrize(("kind", "left"), [("unreadable", 3), ("changed", 0)])

@@ -216,6 +216,8 @@ def test_state_that_was_moved_is_taken_up(places: Places) -> None:
     assert places.run_apart().shards_done_before == 3
     moved = places.state.with_name("moved")
     places.state.rename(moved)
+    [fault] = verify(str(places.frames), str(places.out)).faults
+    assert (fault.kind, fault.where) == ("unfinished", str(places.state))
     for settings in ({}, {"state_uri": str(places.state)}, {"state_uri": str(moved)}):
         with pytest.raises(SettingsError, match=f"delete {places.marker()}"):
             places.run(**settings)

@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except LockedError as error:
         print(f"locked: {error}", file=sys.stderr)
         return EXIT_WORK_LEFT
+    except KeyboardInterrupt:  # the second Ctrl-C
+        print("ended at once; what is finished is kept: run the same line again for the rest", file=sys.stderr)
+        return EXIT_WORK_LEFT
 
 
 def run(settings: CaptionSettings) -> Summary:

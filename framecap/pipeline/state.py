@@ -81,7 +81,8 @@ def check_state(output_uri: str, state_uri: str) -> None:
         )
     foreign = [name for name in _names(state_uri) if name not in _OTHERS and not name.startswith("lock")]
     if owner is None and foreign:
-        raise SettingsError(f"--state-uri {state_uri} holds other files ({foreign[0]}); choose a folder of its own")
+        fix = "move its contents up into that folder" if foreign[0] == STATE_FOLDER else "choose a folder of its own"
+        raise SettingsError(f"--state-uri {state_uri} holds other files ({foreign[0]}); {fix}")
 
 
 def claim_state(output_uri: str, state_uri: str) -> None:

@@ -118,7 +118,11 @@ class Summary:
             return "estimate: nothing to caption"
         if rate is None:
             return f"estimate: {self.rows_to_do} frames; no earlier run on this output tells the rate"
-        return f"estimate: {self.rows_to_do} frames at {rate:.1f} frames/s: {self.rows_to_do / rate / 60:.1f} minutes"
+        minutes = self.rows_to_do / rate / 60
+        return (
+            f"estimate: {self.rows_to_do} frames in {minutes:.1f} minutes, at the {rate:.1f} frames/s of the last run, "
+            "its options and its start included"
+        )
 
     def closing(self) -> str:
         """How the run ended, in one line for the log."""

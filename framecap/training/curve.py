@@ -78,7 +78,7 @@ def draw(folder: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log.warning("matplotlib is not installed, so %s is left out; pip install 'framecap[report]'", PICTURE)
+        log.warning("matplotlib is not installed, so %s is left out; pip install matplotlib", PICTURE)
         return None
     rows = _read(folder / TABLE)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
