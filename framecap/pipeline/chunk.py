@@ -80,7 +80,8 @@ class _Chunk:
             self._take(memory.await_others(claim, digests))
             self._make([slot for slot in claim.awaited if slot not in self._made])
         if self._options.embedding_size is not None:
-            self._encode([slot for slot in self._first_row if slot not in self._features])
+            known = [slot for slot, made in self._made.items() if made.status != "error"]
+            self._encode(sorted(slot for slot in known if slot not in self._features))
         return self._by_row()
 
     def _take(self, known: Mapping[int, Caption]) -> None:
@@ -120,8 +121,18 @@ class _Chunk:
                 self._made.setdefault(slot, found)
         options = self._options
         if features and (options.embedding_size is not None or options.reuse_similarity is not None):
-            values = self._captioner.embeddings(list(features.values()), self._seconds)
-            self._embeddings.update(zip(features, values, strict=True))
+            self._embed(features)
+
+    def _embed(self, features: Mapping[int, ImageFeatures]) -> None:
+        def work(part: list[int]) -> list[np.ndarray]:
+            return list(self._captioner.embeddings([features[slot] for slot in part], self._seconds))
+
+        for slot, found in self._halve(list(features), work).items():
+            if isinstance(found, Caption):
+                self._made.setdefault(slot, found)
+                del self._features[slot]
+            else:
+                self._embeddings[slot] = found
 
     def _ask(self, slots: list[int]) -> None:
         """Caption ``slots``, each from its features."""
