@@ -31,7 +31,6 @@ class Fragile:
         self.most, self.poison = most, poison
         self.encoded: list[int] = []
         self.captioned: list[int] = []
-        self.freed = 0
 
     def features(self, pixels: np.ndarray, seconds: Seconds) -> ImageFeatures:
         self.encoded.append(len(pixels))
@@ -49,9 +48,6 @@ class Fragile:
         values = ImageFeatures.join(features).pooled.numpy()
         self._bear(values, 254)
         return [Caption(str(int(value))) for value in values[:, 0]]
-
-    def free_memory(self) -> None:
-        self.freed += 1
 
     def _bear(self, values: np.ndarray, poison: int) -> None:
         if len(values) > self.most:
@@ -80,7 +76,6 @@ def test_a_batch_that_does_not_fit_is_halved_and_later_ones_start_smaller() -> N
     chunks, captioner = fragile(most=5, share_identical=False)
     captions = caption(chunks, range(16)).captions
     assert [caption.text for caption in captions] == [str(value) for value in range(16)]
-    assert captioner.freed > 0
     captioner.encoded.clear()
     caption(chunks, range(16))
     assert captioner.encoded == captioner.captioned[-4:] == [4, 4, 4, 4]

@@ -129,6 +129,39 @@ def test_a_frame_that_breaks_a_step_is_the_error_of_its_own_batch(
     assert "batches failed together (poison)" in caplog.text
 
 
+def test_what_does_not_fit_beside_others_is_done_when_they_are_through(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = SharedCaptioner(captioner, OPTIONS["greedy"], similarity=True)
+    batch = encode(captioner)[0]
+    expected = alone(captioner, batch, OPTIONS["greedy"])
+    features, failed = captioner.features, []
+
+    def narrow(pixels: np.ndarray) -> ImageFeatures:
+        if shared._decoding is not None:
+            failed.append(len(pixels))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return features(pixels)
+
+    monkeypatch.setattr(captioner, "features", narrow)
+    pixels = np.zeros((3, captioner.resolution, captioner.resolution, 3), np.uint8)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threading.Event()
+        shared._device.submit(waiting.wait, 30)
+        calls: list[Any] = []
+        for work, *arguments in (
+            (shared.caption_features, batch, range(len(batch)), {}),
+            (shared.features, pixels, {}),
+        ):
+            calls.append(threads.submit(work, *arguments))
+            while shared._device._work_queue.qsize() < len(calls):
+                assert not calls[-1].done()
+        waiting.set()
+        assert calls[0].result() == expected
+        assert len(calls[1].result().pooled) == 3
+    assert failed == [3]
+
+
 def test_the_time_of_the_device_is_told_by_what_it_did(captioner: Captioner) -> None:
     shared = SharedCaptioner(captioner, OPTIONS["greedy"], similarity=True)
     pixels = np.stack([crop_and_resize(jpeg(seed), captioner.resolution) for seed in range(4)])

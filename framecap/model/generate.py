@@ -167,6 +167,10 @@ class Generator:
         shapes = Shapes.static(slots) if self.static else Shapes()
         return SlotLoop(self.decoder, options, first, slots, shapes, self._recorder)
 
+    def forget(self) -> None:
+        """Give back the memory of the kept loop."""
+        self._kept = None
+
     def keep(self, decoding: Decoding) -> None:
         """Keep the loop of a decoding that is idle, with its recordings, for the next one like it."""
         if self.static and decoding.loop is not None:

@@ -55,7 +55,9 @@ class SharedCaptioner:
 
     def __init__(self, captioner: Captioner, options: DecodeOptions, similarity: bool) -> None:
         self._captioner, self._options, self._similarity = captioner, captioner.checked(options), similarity
-        self._device = ThreadPoolExecutor(1, "framecap-device")
+        # A thread that is new does not know torch's number of threads until torch's own operations tell it.
+        threads = (torch.get_num_threads(),)
+        self._device = ThreadPoolExecutor(1, "framecap-device", torch.set_num_threads, threads)
         self._idle_since = time.perf_counter()
         self._decoding: Decoding | None = None
         self._shares: list[_Share] = []
@@ -67,15 +69,17 @@ class SharedCaptioner:
 
     def features(self, pixels: np.ndarray, seconds: Seconds) -> ImageFeatures:
         """See ``Captioner.features``; the device is not kept waiting while ``pixels`` are brought into place."""
-        return self._on_device(seconds, "encode", self._captioner.features, pinned(pixels, self._captioner.device))
+        placed = pinned(pixels, self._captioner.device)
+        return self._on_device(seconds, "encode", self._alone_if_need_be, lambda: self._captioner.features(placed))
 
     def embeddings(self, features: Sequence[ImageFeatures], seconds: Seconds) -> np.ndarray:
         """Embeddings of frames that are encoded, float32 [N, D], L2-normalised."""
-        return self._on_device(seconds, "encode", lambda: unit(ImageFeatures.join(features).pooled))
+        work = lambda: unit(ImageFeatures.join(features).pooled)  # noqa: E731
+        return self._on_device(seconds, "encode", self._alone_if_need_be, work)
 
     def embed_texts(self, texts: Sequence[str], seconds: Seconds) -> np.ndarray:
         """See ``Captioner.embed_texts``."""
-        return self._on_device(seconds, "generate", self._captioner.embed_texts, texts)
+        return self._on_device(seconds, "generate", self._alone_if_need_be, lambda: self._captioner.embed_texts(texts))
 
     def caption_features(
         self, features: Sequence[ImageFeatures], seeds: Sequence[int], seconds: Seconds
@@ -90,11 +94,6 @@ class SharedCaptioner:
             self._on_device(seconds, "generate", self._advance, share)
         work = self._caption_alone if share.is_lost else self._captions
         return self._on_device(seconds, "generate", work, share)
-
-    def free_memory(self) -> None:
-        """Give back what the device's allocator keeps for later."""
-        if torch.cuda.is_available():
-            self._device.submit(torch.cuda.empty_cache).result()
 
     def _on_device(
         self, seconds: Seconds, stage: str, work: Callable[_P, _T], *args: _P.args, **named: _P.kwargs
@@ -163,8 +162,26 @@ class SharedCaptioner:
 
     def _captions(self, share: _Share) -> list[Caption]:
         candidates = [share.found[number] for number in share.numbers]
-        return self._captioner.to_captions(candidates, share.features.pooled, self._options, self._similarity)
+        arguments = (candidates, share.features.pooled, self._options, self._similarity)
+        return self._alone_if_need_be(lambda: self._captioner.to_captions(*arguments))
 
     def _caption_alone(self, share: _Share) -> list[Caption]:
         self._drain()
         return self._captioner.caption_features(share.features, self._options, share.seeds, self._similarity)
+
+    def _alone_if_need_be(self, work: Callable[[], _T]) -> _T:
+        """Do ``work``; where the memory is short, once more when all captions under way are made and their slots are
+        given back, so that what fits alone is no fault of its frames."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._drain()
+        self._captioner.generator.forget()
+        return work()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether less work at a time may help."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()

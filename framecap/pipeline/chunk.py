@@ -13,13 +13,12 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
 from framecap.errors import FrameError
 from framecap.model.captioner import DECIMALS, Caption
 from framecap.model.images import Pixels
 from framecap.model.ruclip import ImageFeatures
-from framecap.model.shared import Seconds, SharedCaptioner
+from framecap.model.shared import Seconds, SharedCaptioner, is_out_of_memory
 from framecap.pipeline.identical import CaptionMemory
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions
@@ -192,14 +191,13 @@ class _Chunk:
                 log.error("this GPU answers no more (%s); the actor gives way to a new one", error)
                 logging.shutdown()
                 os._exit(1)
-            out_of_memory = _is_out_of_memory(error)
+            out_of_memory = is_out_of_memory(error)
             log.warning("a batch of %d failed (%s); halving it", len(slots), error)
             if len(slots) == 1:
                 cause = "out of memory" if out_of_memory else type(error).__name__
                 return [Caption.failed(FrameError("model", f"{cause}: {str(error)[:200]}"))]
         middle = len(slots) // 2
         if out_of_memory:
-            self._captioner.free_memory()
             self._common.rows = max(1, min(self._common.rows, middle))
         return self._attempt(slots[:middle], work) + self._attempt(slots[middle:], work)
 
@@ -225,10 +223,6 @@ def similar_frames(
     return followers
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
-
-
 def _is_device_lost(error: Exception) -> bool:
     """After such an error no call on this device succeeds: the actor must go, not the frames."""
-    return "CUDA error" in str(error) and not _is_out_of_memory(error)
+    return "CUDA error" in str(error) and not is_out_of_memory(error)
