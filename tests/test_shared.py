@@ -75,9 +75,10 @@ def together(captioner: Captioner, batches: list[Batch], options: DecodeOptions)
 
 @pytest.mark.parametrize("static", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_captions_are_those_that_each_thread_would_get_alone(
-    captioner: Captioner, options: DecodeOptions, static: bool
+def test_captions_are_those_that_each_thread_would_get_alone_to_the_last_bit(
+    captioner: Captioner, options: DecodeOptions, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("framecap.model.captioner.DECIMALS", 17)  # figures as they are
     captioner.generator = Generator(captioner.decoder, static=static)
     batches = encode(captioner)
     batches[2] = batches[2][:3]
@@ -129,37 +130,36 @@ def test_a_frame_that_breaks_a_step_is_the_error_of_its_own_batch(
     assert "batches failed together (poison)" in caplog.text
 
 
+@pytest.mark.parametrize("stage", ["features", "frame_batch", "to_captions"])
 def test_what_does_not_fit_beside_others_is_done_when_they_are_through(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+    captioner: Captioner, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = SharedCaptioner(captioner, OPTIONS["greedy"], similarity=True)
-    batch = encode(captioner)[0]
-    expected = alone(captioner, batch, OPTIONS["greedy"])
-    features, failed = captioner.features, []
+    first, second = encode(captioner)[:2]
+    expected = [alone(captioner, batch, OPTIONS["greedy"]) for batch in (first, second)]
+    work, failed = getattr(captioner, stage), []
 
-    def narrow(pixels: np.ndarray) -> ImageFeatures:
-        if shared._decoding is not None:
-            failed.append(len(pixels))
+    def narrow(*arguments: Any) -> Any:
+        if shared._decoding is not None and not failed:
+            failed.append(stage)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return features(pixels)
+        return work(*arguments)
 
-    monkeypatch.setattr(captioner, "features", narrow)
+    monkeypatch.setattr(captioner, stage, narrow)
     pixels = np.zeros((3, captioner.resolution, captioner.resolution, 3), np.uint8)
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(CALLS) as threads:
         waiting = threading.Event()
         shared._device.submit(waiting.wait, 30)
-        calls: list[Any] = []
-        for work, *arguments in (
-            (shared.caption_features, batch, range(len(batch)), {}),
-            (shared.features, pixels, {}),
-        ):
-            calls.append(threads.submit(work, *arguments))
-            while shared._device._work_queue.qsize() < len(calls):
-                assert not calls[-1].done()
+        calls = [threads.submit(shared.caption_features, batch, range(BATCH), {}) for batch in (first, second)]
+        while shared._device._work_queue.qsize() < 2:
+            assert not any(call.done() for call in calls)
+        encoding = threads.submit(shared.features, pixels, {})
+        while shared._device._work_queue.qsize() < 3:
+            assert not encoding.done()
         waiting.set()
-        assert calls[0].result() == expected
-        assert len(calls[1].result().pooled) == 3
-    assert failed == [3]
+        assert [call.result() for call in calls] == expected
+        assert len(encoding.result().pooled) == 3
+    assert failed == [stage]
 
 
 def test_the_time_of_the_device_is_told_by_what_it_did(captioner: Captioner) -> None:

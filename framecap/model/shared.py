@@ -12,31 +12,31 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from framecap.model.captioner import Caption, Captioner, unit
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import Candidate, Decoding
+from framecap.model.generate import Candidate, Decoding, FrameBatch
 from framecap.model.ruclip import ImageFeatures
 from framecap.model.transfer import pinned
 
 log = logging.getLogger(__name__)
 # Tokens of every caption before whoever else waits for the device has it.
 _TURNS = 8
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 Seconds = dict[str, float]
 
 
 @dataclass(eq=False)
 class _Share:
-    """The frames of one call, their numbers in the decoding, and what has come out."""
+    """The frames of one call, their pooled features [N, D] and numbers in the decoding, and what has come out."""
 
-    features: ImageFeatures
-    seeds: Sequence[int]
+    batch: FrameBatch
+    pooled: Tensor
     numbers: range
     found: dict[int, list[Candidate]] = field(default_factory=dict)
     is_lost: bool = False
@@ -70,16 +70,19 @@ class SharedCaptioner:
     def features(self, pixels: np.ndarray, seconds: Seconds) -> ImageFeatures:
         """See ``Captioner.features``; the device is not kept waiting while ``pixels`` are brought into place."""
         placed = pinned(pixels, self._captioner.device)
-        return self._on_device(seconds, "encode", self._alone_if_need_be, lambda: self._captioner.features(placed))
+        return self._on_device(seconds, "encode", lambda: self._with_room(lambda: self._captioner.features(placed)))
 
     def embeddings(self, features: Sequence[ImageFeatures], seconds: Seconds) -> np.ndarray:
         """Embeddings of frames that are encoded, float32 [N, D], L2-normalised."""
-        work = lambda: unit(ImageFeatures.join(features).pooled)  # noqa: E731
-        return self._on_device(seconds, "encode", self._alone_if_need_be, work)
+
+        def work() -> np.ndarray:
+            return unit(torch.cat([part.pooled for part in features]))
+
+        return self._on_device(seconds, "encode", lambda: self._with_room(work))
 
     def embed_texts(self, texts: Sequence[str], seconds: Seconds) -> np.ndarray:
         """See ``Captioner.embed_texts``."""
-        return self._on_device(seconds, "generate", self._alone_if_need_be, lambda: self._captioner.embed_texts(texts))
+        return self._on_device(seconds, "generate", lambda: self._with_room(lambda: self._captioner.embed_texts(texts)))
 
     def caption_features(
         self, features: Sequence[ImageFeatures], seeds: Sequence[int], seconds: Seconds
@@ -89,20 +92,17 @@ class SharedCaptioner:
         What another thread's frame breaks does no harm: the frames are then captioned without company, and only
         what fails then is raised.
         """
-        share = self._on_device(seconds, "generate", self._join, features, seeds)
+        share = self._on_device(seconds, "generate", lambda: self._join(features, seeds))
         while not share.is_ended:
-            self._on_device(seconds, "generate", self._advance, share)
-        work = self._caption_alone if share.is_lost else self._captions
-        return self._on_device(seconds, "generate", work, share)
+            self._on_device(seconds, "generate", lambda: self._advance(share))
+        return self._on_device(seconds, "generate", lambda: self._captions(share))
 
-    def _on_device(
-        self, seconds: Seconds, stage: str, work: Callable[_P, _T], *args: _P.args, **named: _P.kwargs
-    ) -> _T:
+    def _on_device(self, seconds: Seconds, stage: str, work: Callable[[], _T]) -> _T:
         def timed() -> _T:
             begun = time.perf_counter()
             seconds["wait"] = seconds.get("wait", 0.0) + begun - self._idle_since
             try:
-                return work(*args, **named)
+                return work()
             finally:
                 self._idle_since = time.perf_counter()
                 seconds[stage] = seconds.get(stage, 0.0) + self._idle_since - begun
@@ -113,14 +113,14 @@ class SharedCaptioner:
 
     def _join(self, features: Sequence[ImageFeatures], seeds: Sequence[int]) -> _Share:
         """Let frames take part in the decoding that is under way; one with too few slots ends before."""
-        joined = ImageFeatures.join(features)
-        batch = self._captioner.frame_batch(joined, seeds)
+        pooled = torch.cat([part.pooled for part in features])
+        batch = self._with_room(lambda: self._captioner.frame_batch(ImageFeatures.join(features), seeds))
         generator = self._captioner.generator
         if self._decoding is None or self._decoding.slots < generator.slots(self._options, len(seeds)):
             self._drain()
             self._decoding = generator.start(self._options, len(seeds))
         try:
-            share = _Share(joined, seeds, self._decoding.add(batch))
+            share = _Share(batch, pooled, self._decoding.add(batch))
         except Exception:
             if not self._shares:
                 self._decoding = None  # it may have no loop, for want of memory
@@ -161,15 +161,17 @@ class SharedCaptioner:
             self._decoding = None
 
     def _captions(self, share: _Share) -> list[Caption]:
-        candidates = [share.found[number] for number in share.numbers]
-        arguments = (candidates, share.features.pooled, self._options, self._similarity)
-        return self._alone_if_need_be(lambda: self._captioner.to_captions(*arguments))
+        """The captions of a share that has ended; one that was lost is decoded again first, without company."""
+        if share.is_lost:
+            self._drain()
+            batch = share.batch
+            candidates = self._captioner.generator.generate(batch.prefix, batch.memory, self._options, batch.seeds)
+        else:
+            candidates = [share.found[number] for number in share.numbers]
+        arguments = (candidates, share.pooled, self._options, self._similarity)
+        return self._with_room(lambda: self._captioner.to_captions(*arguments))
 
-    def _caption_alone(self, share: _Share) -> list[Caption]:
-        self._drain()
-        return self._captioner.caption_features(share.features, self._options, share.seeds, self._similarity)
-
-    def _alone_if_need_be(self, work: Callable[[], _T]) -> _T:
+    def _with_room(self, work: Callable[[], _T]) -> _T:
         """Do ``work``; where the memory is short, once more when all captions under way are made and their slots are
         given back, so that what fits alone is no fault of its frames."""
         try:
@@ -177,6 +179,9 @@ class SharedCaptioner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            log.warning(
+                "no room beside the captions under way, so they are made first; smaller batches help: %s", error
+            )
         self._drain()
         self._captioner.generator.forget()
         return work()

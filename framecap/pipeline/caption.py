@@ -123,8 +123,10 @@ def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> 
     context.target_max_block_size = 1
     # An actor works on so many chunks at once, so that frames wait for every slot that becomes free.
     calls = 3 if resources.num_gpus else 2
-    # One more chunk waits at it, and where one does more actors are started: Ray's measure is chunks per call.
+    # One more chunk waits at it. Ray's measure is chunks per call: where one waits at each actor, more are started;
+    # where half of the actors have none, some are ended.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.1
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.5 / calls
     context.execution_no_progress_timeout_s = job.settings.no_progress_timeout
     with ray.data.DataContext.current(context):
         items = [{"unit": pickle.dumps(unit)} for unit in units]
