@@ -24,6 +24,8 @@ from framecap.model.decode_options import DecodeOptions
         ({"top_k": -1}, "top_k is -1"),
         ({"repetition_penalty": -1.0}, r"repetition_penalty is -1\.0"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
+        ({"length_penalty": -25.0}, r"length_penalty is -25\.0; with max_new_tokens = 40 .* between -18 and 18"),
+        ({"length_penalty": 1e300, "max_new_tokens": 1}, "length_penalty is 1e[+]300"),
         ({"stop": [""]}, "stop is"),
         ({"num_beams": 2, "do_sample": True}, "do_sample with num_beams = 2"),
         ({"num_return_sequences": 3}, "num_return_sequences = 3 is more than num_beams = 1"),

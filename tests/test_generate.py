@@ -135,6 +135,21 @@ def test_beams_and_penalties_equal_transformers_with_their_scores(pair: Pair, op
         torch.testing.assert_close(ours, scores, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("penalty", [-18.0, -12.0])
+def test_a_strongly_negative_length_penalty_gives_the_shortest_captions(pair: Pair, penalty: float) -> None:
+    """transformers fills unfinished places with -1e9, above such scores, and returns those; a gentler -4 it can do."""
+    tokens, _ = pair.theirs(num_beams=3, length_penalty=-4.0)
+    found = pair.ours(DecodeOptions(num_beams=3, length_penalty=penalty, max_new_tokens=NEW))
+    assert [candidates[0].tokens for candidates in found] == tokens
+
+
+def test_beams_whose_tokens_are_all_banned_still_end_in_a_caption(prefixed: Pair) -> None:
+    decoder = RuGpt.from_config(RuGptConfig(8, 32, 32, 1, 4, eos_token_id=None))
+    options = DecodeOptions(num_beams=2, no_repeat_ngram_size=1, max_new_tokens=12)
+    found = Generator(decoder, static=prefixed.static).generate(torch.randn(3, 2, 32), None, options)
+    assert [len(candidates[0].tokens) for candidates in found] == [12, 12, 12]
+
+
 STRATEGIES = [
     {},
     {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},

@@ -15,7 +15,11 @@ from framecap.model.penalties import penalise
 from framecap.model.step import FINISHED
 from framecap.model.stopping import Candidate, StopRule
 
+# Added to the sum of a beam that ended, so that it does not run on.
 _NEVER = -1.0e9
+# Places of finished captions that are still empty. Every finished caption counts at least ``_WORST``, above these: a
+# strongly negative length_penalty makes scores of -1e19, a ban of all tokens makes -inf.
+_EMPTY, _WORST = float("-inf"), torch.finfo(torch.float32).min
 
 
 class BeamSearch:
@@ -54,7 +58,7 @@ class BeamSearch:
         self.scores[rows] = 0.0
         self.ancestors[rows] = False
         self.done_lengths[rows] = 0
-        self.done_scores[rows] = _NEVER
+        self.done_scores[rows] = _EMPTY
 
     def advance(self, logits: Tensor, rows: slice) -> None:
         """Extend all beams by float32 logits [n, K, V] ([n, 1, V] after the prefix), unless they are finished."""
@@ -120,7 +124,8 @@ class BeamSearch:
         # Only the best num_beams continuations may become results; the others are there to go on with.
         ended = ended[:, : self.beams]
         steps = self.steps[rows]
-        scores = totals[:, : self.beams] / self.normaliser[steps][:, None] + ~ended * _NEVER
+        scores = (totals[:, : self.beams] / self.normaliser[steps][:, None]).clamp_min(_WORST)
+        scores = scores.masked_fill(~ended, _EMPTY)
         lengths = ended * steps[:, None]
         merged = torch.cat((self.done_scores[rows], scores), dim=1)
         best, place = merged.topk(self.beams, dim=1)
@@ -133,10 +138,8 @@ class BeamSearch:
             self._store(done, rows, _pick(torch.cat((done[rows], new), dim=1), place))
 
     def _can_improve(self, rows: slice) -> Tensor:
-        best = self.scores[rows, :1] / self.normaliser[self.steps[rows]][:, None]
-        done = self.done_scores[rows]
-        worst = torch.where(self.done_lengths[rows] > 0, done.min(dim=1, keepdim=True).values, _NEVER)
-        return (best > worst).any(dim=1)
+        best = (self.scores[rows, :1] / self.normaliser[self.steps[rows]][:, None]).clamp_min(_WORST)
+        return best[:, 0] > self.done_scores[rows].min(dim=1).values  # an empty place is below every beam
 
     def columns(self, rows: slice) -> Tensor:
         """Places of the last tokens among the generated cache entries, int64 [n, K]."""

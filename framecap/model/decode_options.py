@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -14,6 +15,8 @@ _INTEGERS = (
 )  # fmt: skip
 _NUMBERS = ("length_penalty", "temperature", "top_p", "repetition_penalty")
 _SWITCHES = ("do_sample", "rerank")
+# Sums of log-probabilities are divided by length ** length_penalty in float32, which ends at 3e38.
+_LARGEST_NORMALISER = 1e30
 _AT_LEAST = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -79,6 +82,12 @@ class DecodeOptions:
             raise SettingsError(f"length_penalty is {self.length_penalty}; it must be a finite number.")
 
     def _check_together(self) -> None:
+        limit = math.log(_LARGEST_NORMALISER) / math.log(max(self.max_new_tokens, 2))
+        if abs(self.length_penalty) > limit:
+            raise SettingsError(
+                f"length_penalty is {self.length_penalty}; with max_new_tokens = {self.max_new_tokens} it must be "
+                f"between {-math.floor(limit)} and {math.floor(limit)}, or scores leave float32."
+            )
         if self.do_sample and self.num_beams > 1:
             raise SettingsError(
                 f"do_sample with num_beams = {self.num_beams} is not supported; sample with num_beams = 1 "
