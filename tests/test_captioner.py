@@ -130,10 +130,17 @@ def test_reranking_puts_the_most_similar_candidate_first(captioner: Captioner) -
     assert caption.similarity == pytest.approx(scores[0], abs=1e-5)
 
 
-def test_one_frame_instead_of_a_list_is_an_error_that_says_so(captioner: Captioner) -> None:
-    for frame in ("photo.jpg", b"\xff\xd8", Path("photo.jpg")):
-        with pytest.raises(SettingsError, match="give a list of pictures"):
-            captioner.caption(frame)  # type: ignore[arg-type]
+@pytest.mark.parametrize("one", [jpeg(1), "frame.jpg", Path("frame.jpg"), np.zeros((8, 8, 3), np.uint8)], ids=type)
+def test_one_frame_instead_of_a_list_is_an_error_that_says_so(captioner: Captioner, one: object) -> None:
+    for read in (captioner.caption, captioner.embed_images, captioner.encoder.preprocess):
+        with pytest.raises(SettingsError, match=r"frames is one .* put it in brackets: \[frame\]"):
+            read(one)  # type: ignore[operator]
+
+
+def test_one_text_instead_of_a_list_is_an_error_and_not_an_embedding_per_letter(captioner: Captioner) -> None:
+    for read in (captioner.embed_texts, captioner.encoder.tokenize):
+        with pytest.raises(SettingsError, match=r"texts is one str.*brackets: \[text\]"):
+            read("строка")  # type: ignore[operator]
 
 
 def test_no_frames_give_no_captions(captioner: Captioner) -> None:

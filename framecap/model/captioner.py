@@ -26,7 +26,7 @@ from framecap.model.bridge import Bridge, build_bridge
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
 from framecap.model.devices import choose_device, choose_dtype
 from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, Generator
-from framecap.model.images import Frame, crop_and_resize, normalise
+from framecap.model.images import Frame, check_list, crop_and_resize, normalise
 from framecap.model.packed import pack_linears, use_eight_bits
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.rugpt import RuGpt
@@ -166,9 +166,9 @@ class Captioner:
         ``frames``: encoded bytes, paths, PIL images or uint8 arrays [H, W, 3], in any mixture.
 
         Raises:
-            SettingsError: ``frames`` is one path or one picture's bytes instead of a list.
+            SettingsError: ``frames`` is one picture instead of a list.
         """
-        _check_list(frames)
+        check_list(frames, "frames")
         options = self.checked(options or DecodeOptions())
         captions: dict[int, Caption] = {}
         under_way: dict[int, _Batch] = {}  # by the number that a frame has in the stream
@@ -292,7 +292,13 @@ class Captioner:
         return features
 
     def embed_images(self, frames: Sequence[Frame]) -> np.ndarray:
-        """ruCLIP embeddings of frames, float32 [N, D], L2-normalised. Raises FrameError for a bad frame."""
+        """ruCLIP embeddings of frames, float32 [N, D], L2-normalised.
+
+        Raises:
+            FrameError: a frame is bad.
+            SettingsError: ``frames`` is one picture instead of a list.
+        """
+        check_list(frames, "frames")
         parts = []
         for chunk in _chunks(frames, CAPTION_BATCH[self.device.type]):
             results = self._pixels(chunk)
@@ -304,7 +310,13 @@ class Captioner:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """ruCLIP embeddings of texts, float32 [N, D], L2-normalised. Raises CaptionerError without a text tower."""
+        """ruCLIP embeddings of texts, float32 [N, D], L2-normalised.
+
+        Raises:
+            CaptionerError: the encoder has no text tower.
+            SettingsError: ``texts`` is one string instead of a list.
+        """
+        check_list(texts, "texts")
         with planless_attention():
             parts = [
                 unit(self.encoder.encode_text(self.encoder.tokenize(list(batch))))
@@ -383,11 +395,6 @@ def _described_by(uri: str) -> Captioner:
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _check_list(frames: object) -> None:
-    if isinstance(frames, str | bytes | os.PathLike):
-        raise SettingsError(f"frames is one {type(frames).__name__}; give a list of pictures: [frame]")
 
 
 def unit(embeddings: Tensor) -> np.ndarray:

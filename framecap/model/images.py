@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import struct
 import threading
 import warnings
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from framecap.errors import FrameError
+from framecap.errors import FrameError, SettingsError
 from framecap.model.resample import Pixels, resize_square
 
 try:
@@ -122,8 +123,23 @@ def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
+def check_list(items: object, name: str) -> None:
+    """Raise SettingsError if ``items``, the argument called ``name``, is a single frame or text instead of a list.
+
+    A string would be read letter by letter, an array [H, W, 3] row by row.
+    """
+    one = isinstance(items, str | bytes | bytearray | memoryview | os.PathLike | Image.Image)
+    if one or (isinstance(items, np.ndarray) and items.ndim == 3):
+        kind = type(items).__name__
+        raise SettingsError(f"{name} is one {kind}, and a list is needed; put it in brackets: [{name.rstrip('s')}]")
+
+
 def preprocess(frames: Sequence[Frame], resolution: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Frames → float32 [N, 3, R, R] on the CPU, ``RuCLIPProcessor``'s ``pixel_values``. Raises FrameError."""
+    """Frames → float32 [N, 3, R, R] on the CPU, ``RuCLIPProcessor``'s ``pixel_values``.
+
+    Raises FrameError for a bad frame, SettingsError for one frame instead of a list.
+    """
+    check_list(frames, "frames")
     pixels = np.empty((len(frames), resolution, resolution, 3), np.uint8)
     for row, frame in zip(pixels, frames, strict=True):
         row[...] = crop_and_resize(frame, resolution)

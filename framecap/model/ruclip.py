@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from framecap.errors import CaptionerError
-from framecap.model.images import Frame, preprocess
+from framecap.model.images import Frame, check_list, preprocess
 from framecap.model.packed import pack_linears
 from framecap.model.ruclip_layout import (
     HEAD_WIDTH,
@@ -162,7 +162,9 @@ class RuClip(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts → int64 [N, context_length]: lower-cased, ``<bos>`` ids ``<eos>``, cut, padded with 0
-        (``RuCLIPProcessor.encode_text``). Raises CaptionerError without a text tower."""
+        (``RuCLIPProcessor.encode_text``). Raises CaptionerError without a text tower, SettingsError for one
+        string instead of a list."""
+        check_list(texts, "texts")
         if self.tokenizer is None or self.text is None:
             raise _no_text_tower()
         room = self.config.context_length - 2
