@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit code is 0, 1 (verify found faults), 2 (settings) or 3 (some inputs failed)."""
-    args = _parser().parse_args(argv)
+    args = command_parser().parse_args(argv)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_SETTINGS
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of ``framecap`` with all its subcommands."""
     from framecap import pack, verify
     from framecap.report import report
 

@@ -39,6 +39,22 @@ CAPTION_FIELDS = (
 CANDIDATES_FIELD = pa.field("caption_candidates", pa.list_(pa.string()))
 EMBEDDING_COLUMN = "image_embedding"
 
+# What each column means, for docs/reference.md.
+COLUMN_MEANINGS = {
+    "caption": "the description; null where the frame failed",
+    "caption_status": "`ok`; `truncated`: cut at `--max-new-tokens`; `error`",
+    "caption_error": "null, or `kind: message`",
+    "caption_logprob": "mean natural-log probability of the tokens; nearer 0 is surer",
+    "caption_min_logprob": "natural-log probability of the least likely token",
+    "caption_tokens": "tokens generated",
+    "caption_similarity": "ruCLIP cosine of frame and caption; null without a text tower or with `--no-similarity`",
+    "caption_reused": "null; `identical`: the caption of another frame with the same bytes in this run (which of the "
+    "two is marked may differ from run to run); `similar`: the caption of a similar frame before it in the same video "
+    "and the same 64 rows of its shard (`--reuse-similarity`)",
+    "caption_candidates": "all candidates, best first; only with `--num-return-sequences` above 1",
+    "image_embedding": "L2-normalised ruCLIP embedding; only with `--image-embedding`",
+}
+
 META_VERSION = b"framecap.schema_version"
 META_FINGERPRINT = b"framecap.fingerprint"
 META_SOURCE = b"framecap.source"

@@ -19,6 +19,7 @@ LAYERS = [
     {"pipeline", "training", "bench", "pack", "pack_sources", "video", "verify", "report", "notebook"},
     {"demo"},
     {"cli"},
+    {"reference"},
 ]
 ENGINE_MAY_IMPORT = {
     "torch",
