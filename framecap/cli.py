@@ -1,4 +1,4 @@
-"""The `framecap` command: describe, check, assemble, pack, verify, report. Each subcommand is one call."""
+"""The `framecap` command. Each subcommand is one call; see ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,9 +28,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit code is 0, 1 (verify found faults), 2 (settings) or 3 (some inputs failed)."""
-    args = command_parser().parse_args(argv)
+    """Run one subcommand; the exit code is 0, 1 (`verify` found faults), 2 (settings) or 3 (some inputs failed).
+
+    ``framecap run`` has the exit codes of the caption job, see ``pipeline/run.py``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
     try:
+        if arguments[:1] == ["run"]:  # its flags are the job's settings, which pydantic-settings parses
+            return _run(arguments[1:])
+        args = command_parser(command).parse_args(arguments)
         return int(args.run(args))
     except KeyboardInterrupt:
         print("framecap: interrupted", file=sys.stderr)
@@ -43,32 +50,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_SETTINGS
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of ``framecap`` with all its subcommands."""
-    from framecap import pack, verify
-    from framecap.report import report
+def command_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of ``framecap``, with the arguments of ``command`` (None: of all).
 
+    What a command needs is imported only for that command, so that ``framecap --help`` answers at once.
+    """
     parser = _Parser(prog="framecap", description="Russian descriptions of video frames.", epilog=_REMOTE)
     parser.add_argument("--version", action="version", version=f"framecap {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    describe = commands.add_parser("describe", help="caption image files on this machine")
-    _describe_arguments(describe)
-    describe.set_defaults(run=_describe)
-    check = commands.add_parser("check", help="is a captioner whole, and what is it made of")
-    _check_arguments(check)
-    check.set_defaults(run=_check)
-    assemble = commands.add_parser("assemble", help="encoder + decoder + bridge → a captioner directory")
-    _assemble_arguments(assemble)
-    assemble.set_defaults(run=_assemble)
-    for name, module, text in (
-        ("pack", pack, "images, folders or video files → frame shards"),
-        ("verify", verify, "prove that every frame of IN is in OUT once, in order"),
-        ("report", report, "one self-contained report.html of a run"),
-    ):
-        command = commands.add_parser(name, help=text)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    for name, (text, declare) in COMMANDS.items():
+        own = commands.add_parser(name, help=text)
+        if command in (None, name):
+            declare(own)
     return parser
+
+
+def _run(argv: list[str]) -> int:
+    from framecap.pipeline.run import main as run_job
+
+    return run_job(argv, prog="framecap run")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "The caption job, with the settings of jobs/caption_frames.py."
+
+
+def _pack_arguments(parser: argparse.ArgumentParser) -> None:
+    from framecap import pack
+
+    pack.add_arguments(parser)
+    parser.set_defaults(run=pack.run)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    from framecap import verify
+
+    verify.add_arguments(parser)
+    parser.set_defaults(run=verify.run)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    from framecap.report import report
+
+    report.add_arguments(parser)
+    parser.set_defaults(run=report.run)
 
 
 def _describe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +106,7 @@ def _describe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams; 1 is greedy (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest caption (default: 40)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image, with all scores")
+    parser.set_defaults(run=_describe)
 
 
 def _describe(args: argparse.Namespace) -> int:
@@ -108,6 +134,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check every file of a captioner against its checksums, load it, and say what it is."
     parser.epilog = "Exit code: 0 it is whole, 2 it is not: the line names the file or the key."
     parser.add_argument("captioner", nargs="?", help="directory or URI (default: $FRAMECAP_CAPTIONER, else bundled)")
+    parser.set_defaults(run=_check)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -141,6 +168,7 @@ def _assemble_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bridge", required=True, help="bridge.safetensors, or a ClipCap checkpoint (.pt)")
     parser.add_argument("--config", help="config.json of the bridge (default: the one beside bridge.safetensors)")
     parser.add_argument("--out", required=True, help="the captioner directory to make")
+    parser.set_defaults(run=_assemble)
 
 
 def _assemble(args: argparse.Namespace) -> int:
@@ -153,6 +181,18 @@ def _assemble(args: argparse.Namespace) -> int:
     out = assemble(args.encoder, args.decoder, args.bridge, args.out, config)
     print(f"{out}: a captioner; try `framecap describe IMAGE --captioner {out}`")
     return EXIT_OK
+
+
+# Name → line in `framecap --help`, and what declares its arguments and the function that runs it.
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "run": ("caption frame shards: the job, here or on a Ray cluster", _run_arguments),
+    "describe": ("caption image files on this machine", _describe_arguments),
+    "check": ("verify a captioner and say what it is made of", _check_arguments),
+    "assemble": ("encoder + decoder + bridge → a captioner directory", _assemble_arguments),
+    "pack": ("images, folders or video files → frame shards", _pack_arguments),
+    "verify": ("prove that every frame of IN is in OUT once, in order", _verify_arguments),
+    "report": ("one self-contained report.html of a run", _report_arguments),
+}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from framecap.settings import JobSettings, flag
 from framecap.training.settings import EvaluateSettings, TrainSettings
 
 JOBS: dict[str, type[JobSettings]] = {
-    "jobs/caption_frames.py": CaptionSettings,
+    "framecap run` and `jobs/caption_frames.py": CaptionSettings,
     "jobs/train_captioner.py": TrainSettings,
     "jobs/evaluate_captions.py": EvaluateSettings,
 }
@@ -70,7 +70,8 @@ def _default(field: FieldInfo) -> str:
 def _commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     for action in command_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices.items()
+            # The arguments of `run` are the settings of the job.
+            yield from ((name, parser) for name, parser in action.choices.items() if name != "run")
 
 
 def _command(name: str, parser: argparse.ArgumentParser) -> str:

@@ -11,10 +11,11 @@ import logging
 import os
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, _ArgumentGroup
+from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
@@ -53,7 +54,7 @@ def _as_seconds(value: object) -> object:
     if isinstance(value, str) and (match := re.fullmatch(r"\s*([\d.]+)\s*([smhd]?)\s*", value)):
         return float(match[1]) * _UNITS[match[2]]
     if isinstance(value, str):
-        raise ValueError("no time; give seconds (90), or 30m, 7.5h, 2d")
+        raise ValueError("not a duration; use seconds (90), or 30m, 7.5h, 2d")
     return value
 
 
@@ -82,6 +83,8 @@ class JobSettings(BaseSettings):
     )
     # Variables that the library itself reads; no job has a setting of that name.
     environment_only: ClassVar[frozenset[str]] = frozenset({"FRAMECAP_CACHE", "FRAMECAP_CAPTIONER"})
+    # The first setting of each group of ``--help``: its heading.
+    headings: ClassVar[dict[str, str]] = {}
 
     config: Path | None = Field(None, description="YAML file with any of these settings, by name")
     storage_options: dict[str, Any] = Field(
@@ -103,8 +106,10 @@ class JobSettings(BaseSettings):
         return init_settings, env_settings, file_values
 
     @classmethod
-    def from_command_line(cls, argv: list[str] | None = None) -> Self:
+    def from_command_line(cls, argv: list[str] | None = None, prog: str | None = None) -> Self:
         """Settings from flags (default: ``sys.argv[1:]``), environment and the ``--config`` file.
+
+        ``prog``: the command's name in ``--help`` (default: the script's).
 
         Raises ``SettingsError`` with one line for an unknown key, a missing or an impossible value.
         ``--help`` prints every setting with its default and leaves with exit code 0.
@@ -115,7 +120,7 @@ class JobSettings(BaseSettings):
         token = _FILE_VALUES.set(_read_config(cls, arguments))
         try:
             flags: CliSettingsSource[ArgumentParser] = CliSettingsSource(
-                cls, cli_exit_on_error=False, add_argument_method=_add_argument
+                cls, root_parser=_parser(cls, prog), add_argument_method=_argument_adder(cls)
             )
             return CliApp.run(cls, cli_args=arguments, cli_settings_source=flags, cli_exit_on_error=False)
         except ValidationError as error:
@@ -126,11 +131,39 @@ class JobSettings(BaseSettings):
             _FILE_VALUES.reset(token)
 
 
-def _add_argument(parser: ArgumentParser, *names: str, **keywords: Any) -> None:
-    """``ArgumentParser.add_argument`` with a word for the value instead of its Python type."""
-    if keywords.get("metavar") in _WORDS:
-        keywords["metavar"] = _WORDS[keywords["metavar"]]
-    parser.add_argument(*names, **keywords)
+class _Parser(ArgumentParser):
+    """argparse, but a mistake is a ``SettingsError``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see --help")
+
+
+def _parser(cls: type[JobSettings], prog: str | None) -> ArgumentParser:
+    required = [name for name, field in cls.model_fields.items() if field.is_required()]
+    needed = " ".join(f"{flag(name)} {name.removesuffix('_uri').upper()}" for name in required)
+    return _Parser(prog, f"%(prog)s {needed} [SETTING …]", cls.__doc__, allow_abbrev=False)
+
+
+def _argument_adder(cls: type[JobSettings]) -> Callable[..., None]:
+    """``ArgumentParser.add_argument`` that puts each flag under its heading, with a word for the value instead of
+    its Python type."""
+    headings: dict[str, str | None] = {}
+    heading = None
+    for name in cls.model_fields:
+        heading = cls.headings.get(name, heading)
+        headings[flag(name)] = heading
+    groups: dict[str, _ArgumentGroup] = {}
+
+    def add(parser: ArgumentParser, *names: str, **keywords: Any) -> None:
+        if keywords.get("metavar") in _WORDS:
+            keywords["metavar"] = _WORDS[keywords["metavar"]]
+        own = headings[names[0]]
+        if own is not None and own not in groups:
+            groups[own] = parser.add_argument_group(own)
+        target = parser if own is None else groups[own]
+        target.add_argument(*names, **keywords)
+
+    return add
 
 
 def flag(name: str) -> str:

@@ -99,4 +99,4 @@ def test_help_explains_every_setting_with_its_default(capsys: pytest.CaptureFixt
     for name, field in CaptionSettings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in shown
         assert field.description
-    assert "stop when more of the rows than this fail (default: 0.2)" in shown
+    assert "stop when a larger share of the rows fails (default: 0.2)" in shown

@@ -28,11 +28,14 @@ log = logging.getLogger(__name__)
 EXIT_DONE, EXIT_CRASHED, EXIT_SETTINGS, EXIT_FAILED, EXIT_WORK_LEFT = 0, 1, 2, 3, 75
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line of ``jobs/caption_frames.py``; returns the exit code."""
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line of ``jobs/caption_frames.py`` and ``framecap run``; returns the exit code.
+
+    ``prog``: the command's name in ``--help``.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        return run(CaptionSettings.from_command_line(argv)).exit_code
+        return run(CaptionSettings.from_command_line(argv, prog)).exit_code
     except (SettingsError, CaptionerError, StorageError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_SETTINGS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -16,6 +16,15 @@ def _none_is_a_word(value: object) -> object:
 
 class CaptionSettings(JobSettings):
     """What to caption, with what, how fast, and when to stop."""
+
+    headings: ClassVar[dict[str, str]] = {
+        "input_uri": "input and output",
+        "id_column": "columns read and written",
+        "num_beams": "decoding",
+        "device": "devices, actors and readers",
+        "dry_run": "this run",
+        "lock_expiry": "lock and cluster",
+    }
 
     input_uri: str = Field(description="frame shards: a Parquet file, a folder (recursive) or a glob")
     output_uri: str = Field(description="folder of the caption shards; state goes to its _framecap/")
@@ -68,12 +77,12 @@ class CaptionSettings(JobSettings):
 
     dry_run: bool = Field(False, description="print the plan and an estimate, write nothing")
     limit: int | None = Field(None, ge=1, description="caption at most this many shards, in path order")
-    retry_errors: bool = Field(False, description="take up again the rows that failed in earlier runs")
+    retry_errors: bool = Field(False, description="retry the rows that failed in earlier runs")
     prune: bool = Field(False, description="delete caption shards whose frame shard is gone")
-    time_budget: Seconds | None = Field(None, gt=0, description="stop in good order after 90, 30m or 7.5h")
-    max_error_rate: float = Field(0.2, ge=0, le=1, description="stop when more of the rows than this fail")
-    lock_expiry: Seconds = Field(120.0, gt=1, description="a lock without heartbeat this long is void")
-    no_progress_timeout: Seconds = Field(900.0, gt=0, description="fail when nothing moves this long")
+    time_budget: Seconds | None = Field(None, gt=0, description="shut down cleanly after 90, 30m or 7.5h")
+    max_error_rate: float = Field(0.2, ge=0, le=1, description="stop when a larger share of the rows fails")
+    lock_expiry: Seconds = Field(120.0, gt=1, description="a lock without a heartbeat for this long is stale")
+    no_progress_timeout: Seconds = Field(900.0, gt=0, description="fail after this long without progress")
     ray_address: str | None = Field(None, description="cluster to join (none: RAY_ADDRESS, else start one)")
 
     @model_validator(mode="after")
