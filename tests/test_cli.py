@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import framecap
 from framecap.cli import main
+from framecap.pipeline.settings import CaptionSettings
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +116,35 @@ def test_assemble_makes_a_captioner_that_describes(
     assert main(["assemble", *flags, "--out", out]) == 0
     assert main(["describe", photo, "--captioner", out]) == 0
     assert out in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(flag: str) -> None:
+    code = (
+        f"import sys; from framecap import cli; sys.argv[1:] = ['{flag}']\n"
+        "try: cli.main()\n"
+        "except SystemExit as left: assert left.code == 0\n"
+        "heavy = {'torch', 'ray', 'pyarrow', 'numpy', 'pandas', 'pydantic', 'transformers', 'PIL'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert framecap.__version__ in done.stdout or flag == "--help"
+
+
+def test_run_is_the_caption_job_with_its_settings_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["run", "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: framecap run --input-uri INPUT --output-uri OUTPUT")
+    places = [shown.index(f"\n{heading}:\n") for heading in CaptionSettings.headings.values()]
+    assert places == sorted(places)
+    decoding = shown[shown.index("\ndecoding:\n") : shown.index("\ndevices, actors and readers:\n")]
+    assert "--num-beams N" in decoding
+    assert "--device" not in decoding
+
+
+def test_a_mistake_in_run_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--input-uri", "x"]) == 2
+    assert capsys.readouterr().err == "error: --output-uri is required\n"

@@ -69,7 +69,9 @@ def test_a_mistake_in_storage_options_does_not_repeat_them(tmp_path: Path) -> No
         (["--beams", "x", "--input-uri", "a"], "--beams 'x': .*integer"),
         (["--beams", "0", "--input-uri", "a"], "--beams '0': .*greater than or equal to 1"),
         ([], "--input-uri is required"),
-        (["--input-uri", "a", "stray"], "stray"),
+        (["--input-uri", "a", "stray"], "unrecognized arguments: stray"),
+        (["--input-uri", "a", "--beams"], "--beams: expected one argument"),
+        (["--input-uri", "a", "--budget", "soon"], r"--budget 'soon': not a duration; use seconds \(90\), or 30m"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
     ],
 )
