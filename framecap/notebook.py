@@ -20,7 +20,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from framecap import schema
 from framecap.errors import SettingsError
-from framecap.pipeline.listing import list_input
+from framecap.shards import list_input
 from framecap.storage import join, open_fs, read_bytes
 
 

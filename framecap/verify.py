@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from framecap import schema
 from framecap.errors import ShardError
-from framecap.pipeline.listing import list_input, list_output, open_shard
 from framecap.pipeline.state import state_of
+from framecap.shards import list_input, list_output, open_shard
 from framecap.storage import check_endpoint, join, open_fs
 from framecap.verify_rows import IdStream, compare_rows
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from framecap import schema
 from framecap.pack import FRAME_SHARD_SCHEMA
-from framecap.pipeline.listing import mark_of
+from framecap.shards import mark_of
 
 FINGERPRINT = "f" * 64
 COLOURS = {

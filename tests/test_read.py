@@ -12,10 +12,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from framecap.errors import FrameError
-from framecap.pipeline.listing import mark_of
 from framecap.pipeline.plan import Piece
 from framecap.pipeline.read import ReadOptions, fetch, read_chunks
 from framecap.schema import InputColumns
+from framecap.shards import mark_of
 
 
 def _picture(shade: int) -> bytes:

@@ -12,7 +12,7 @@ from caption_data import FINGERPRINT, Dataset, picture, write_dataset
 
 from framecap import read_captions, schema
 from framecap.cli import main
-from framecap.pipeline.listing import mark_of
+from framecap.shards import mark_of
 from framecap.storage import open_fs, read_bytes
 
 SHARD = "day-1/frames-00001.parquet"

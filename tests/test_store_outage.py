@@ -16,10 +16,10 @@ from shards import caption, shard_table, without_ray
 
 from framecap.pipeline import publish
 from framecap.pipeline.fragments import list_fragments
-from framecap.pipeline.listing import open_shard
 from framecap.pipeline.plan import Piece
 from framecap.pipeline.read import _ShardStream
 from framecap.pipeline.summary import Summary
+from framecap.shards import open_shard
 
 __all__ = ["without_ray"]  # a fixture
 pytestmark = pytest.mark.usefixtures("without_ray")

@@ -17,12 +17,12 @@ from shards import caption, jpeg, without_ray, write_shards
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.pipeline import progress
-from framecap.pipeline.listing import mark_of
 from framecap.pipeline.plan import Piece
 from framecap.pipeline.read import ReadOptions, read_units
 from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.pipeline.stages import CaptionActor
 from framecap.schema import InputColumns
+from framecap.shards import mark_of
 
 __all__ = ["without_ray"]  # a fixture
 

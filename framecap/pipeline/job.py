@@ -17,7 +17,6 @@ from framecap.model.decode_options import DecodeOptions
 from framecap.model.images import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip_layout import RuClipConfig
 from framecap.pipeline.fragments import FOLDER
-from framecap.pipeline.listing import Listing, check_places, list_input
 from framecap.pipeline.plan import fingerprint
 from framecap.pipeline.publish import Places
 from framecap.pipeline.read import ReadOptions
@@ -25,6 +24,7 @@ from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.state import check_state, place_state
 from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
+from framecap.shards import Listing, check_places, list_input
 from framecap.storage import (
     MANIFEST,
     OPTIONS_VARIABLE,

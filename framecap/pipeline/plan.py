@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from framecap.errors import ShardError
 from framecap.pipeline.ledger import Ledger, LedgerEntry
-from framecap.pipeline.listing import Listing, open_shard
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
+from framecap.shards import Listing, open_shard
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

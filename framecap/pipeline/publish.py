@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from framecap.errors import ShardError
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
 from framecap.pipeline.ledger import Ledger, LedgerEntry
-from framecap.pipeline.listing import mark_of, open_shard
 from framecap.pipeline.plan import Chunk, Range, ShardPlan
 from framecap.schema import STATUS_ERROR, InputColumns, output_metadata, output_schema
+from framecap.shards import mark_of, open_shard
 from framecap.storage import atomic_path, is_local, join, open_fs
 
 log = logging.getLogger(__name__)

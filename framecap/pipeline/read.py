@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from framecap.errors import FramecapError, FrameError, ShardError
 from framecap.model.images import Pixels, crop_and_resize
-from framecap.pipeline.listing import mark_of, open_shard
 from framecap.pipeline.plan import Chunk, Piece, Range
 from framecap.schema import REUSE_ROWS, InputColumns
+from framecap.shards import mark_of, open_shard
 from framecap.storage import join, open_fs
 
 _READ_ROWS = 32  # frames decoded per record batch: 32 of 200 KB are 6 MB

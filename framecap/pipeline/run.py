@@ -12,7 +12,6 @@ from framecap.errors import CaptionerError, LockedError, NoProgressError, Settin
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
 from framecap.pipeline.job import Job, Resources, prepare
 from framecap.pipeline.ledger import Ledger
-from framecap.pipeline.listing import list_shards
 from framecap.pipeline.lock import OutputLock
 from framecap.pipeline.plan import Plan, describe, list_shards_to_do, make_chunks, make_plan, make_units, subtract
 from framecap.pipeline.progress import Progress
@@ -22,6 +21,7 @@ from framecap.pipeline.state import claim_state
 from framecap.pipeline.stops import StopRun, Stops
 from framecap.pipeline.summary import Summary, write_summary
 from framecap.pipeline.sweep import prune, sweep_temporary_files
+from framecap.shards import list_shards
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from urllib.parse import quote, unquote
 
 from framecap.errors import FramecapError, SettingsError
-from framecap.pipeline.listing import Listing, absolute
 from framecap.schema import STATE_FOLDER
+from framecap.shards import Listing, absolute
 from framecap.storage import exists, is_local, join, open_fs, read_bytes, write_bytes_atomic
 
 _MARKER = "state-at."  # followed by the quoted URI

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framecap.errors import FrameError, ShardError
-from framecap.pipeline.listing import open_shard
 from framecap.pipeline.read import fetch
 from framecap.report.doubt import doubt, flags
 from framecap.report.thumbnails import thumbnail
 from framecap.schema import InputColumns
+from framecap.shards import open_shard
 from framecap.storage import join
 
 SCORES = ("caption_logprob", "caption_min_logprob", "caption_tokens", "caption_similarity")

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from framecap import schema
 from framecap.errors import SettingsError, ShardError
-from framecap.pipeline.listing import list_input, list_output, open_shard
 from framecap.pipeline.state import state_of
 from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
 from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page, with_finite_scores
+from framecap.shards import list_input, list_output, open_shard
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,7 @@
-"""What lies in IN and OUT: shards by relative path, each with a mark that changes when the file does."""
+"""Parquet shards at a URI: listing them, their marks (which change when the file does), opening them.
+
+Knows nothing of Ray, of captioners, or of how a run uses the shards.
+"""
 
 from __future__ import annotations
 
