@@ -10,12 +10,12 @@ import hashlib
 import io
 import json
 import logging
-import time
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from framecap.errors import StorageError
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.plan import Chunk, Piece
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
@@ -42,7 +42,7 @@ def fragment_name(pieces: Chunk, fingerprint: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:32] + SUFFIX
 
 
-def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Table) -> str:
+def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Table, host: Host = THIS_HOST) -> str:
     """Write the captions of ``pieces`` in one atomic step; returns the fragment's name.
 
     A store that refuses is asked again for half a minute: the captions have cost GPU time. Raises ``StorageError``
@@ -65,7 +65,7 @@ def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Ta
             if wait is None:
                 raise
             log.warning("fragment %s cannot be written (%s); trying again in %.0f s", name, error, wait)
-            time.sleep(wait)
+            host.sleep(wait)
     return name
 
 

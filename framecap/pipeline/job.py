@@ -6,7 +6,6 @@ import json
 import os
 import uuid
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ from framecap.model.decode_options import DecodeOptions
 from framecap.model.images import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip_layout import RuClipConfig
 from framecap.pipeline.fragments import FOLDER
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.plan import fingerprint
 from framecap.pipeline.publish import Places
 from framecap.pipeline.read import ReadOptions
@@ -66,6 +66,7 @@ class Job:
     state_uri: str
     storage: dict[str, object]
     batch_size: int = 64
+    host: Host = THIS_HOST
 
     @property
     def output_uri(self) -> str:
@@ -147,7 +148,7 @@ class Job:
         )
 
 
-def prepare(settings: CaptionSettings) -> Job:
+def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
     """Check everything that can be checked without work.
 
     Raises ``SettingsError``, ``CaptionerError`` or ``StorageError`` with one line that says the fix.
@@ -175,7 +176,7 @@ def prepare(settings: CaptionSettings) -> Job:
     decode = decode_options(settings)
     return Job(
         settings=settings,
-        run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
+        run_id=f"{host.date():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
         source=source,
         captioner=captioner if "://" in captioner else str(Path(captioner).resolve()),
         resolution=encoder.image_resolution,
@@ -184,6 +185,7 @@ def prepare(settings: CaptionSettings) -> Job:
         fingerprint=fingerprint((directory / MANIFEST).read_bytes(), _deciding(settings, decode)),
         state_uri=state_uri,
         storage=storage_options(),
+        host=host,
     )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from framecap.errors import StorageError
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.storage import exists, join, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -36,20 +36,20 @@ class LedgerEntry:
 class Ledger:
     """``entries`` by shard; ``append`` remembers a publication, ``compact`` leaves one file behind."""
 
-    def __init__(self, state_uri: str, run_id: str) -> None:
+    def __init__(self, state_uri: str, run_id: str, host: Host = THIS_HOST) -> None:
         self._file = join(state_uri, "ledger.jsonl")
         self._folder = join(state_uri, "ledger")
-        self._run_id = run_id
+        self._run_id, self._host = run_id, host
         self._lines: list[str] = []
         self._segments = 0
-        self._flushed = time.monotonic()
+        self._flushed = self._host.monotonic()
         self.entries: dict[str, LedgerEntry] = {}
         self._load()
 
     def append(self, entry: LedgerEntry) -> None:
         self.entries[entry.shard] = entry
         self._lines.append(_line(entry))
-        if len(self._lines) >= _FLUSH_LINES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+        if len(self._lines) >= _FLUSH_LINES or self._host.monotonic() - self._flushed > _FLUSH_SECONDS:
             try:
                 self.flush()
             except StorageError as error:
@@ -62,7 +62,7 @@ class Ledger:
 
     def flush(self) -> None:
         """Write what was appended since the last flush as one segment. Raises ``StorageError``."""
-        self._flushed = time.monotonic()
+        self._flushed = self._host.monotonic()
         if self._lines:
             name = f"{self._run_id}-{self._segments:06d}.jsonl"
             write_bytes_atomic(join(self._folder, name), "".join(self._lines).encode())

@@ -10,7 +10,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from framecap.errors import ShardError
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
 from framecap.shards import Listing, open_shard
@@ -103,9 +103,10 @@ def make_plan(
     added: pa.Schema,
     retry_errors: bool = False,
     limit: int | None = None,
+    host: Host = THIS_HOST,
 ) -> Plan:
     """Compare IN with what OUT holds. ``outputs``: listing of OUT; ``wanted``: this run's fingerprint."""
-    published = _published(output_uri, outputs, ledger)
+    published = _published(output_uri, outputs, ledger, host)
     plan = Plan(gone=[name for name in outputs if name not in source.marks])
     reasons: dict[str, str] = {}
     for shard, signature in source.marks.items():
@@ -134,7 +135,7 @@ def make_plan(
         return ShardPlan(shard, source.marks[shard], rows, reasons[shard], whole)
 
     wanted_shards = sorted(reasons)
-    for shard, result in zip(wanted_shards, _parallel(inspect, wanted_shards), strict=False):
+    for shard, result in zip(wanted_shards, _parallel(inspect, wanted_shards, host), strict=False):
         if isinstance(result, ShardError):
             plan.failed[shard] = result
         else:
@@ -152,7 +153,7 @@ def _reason(entry: LedgerEntry | None, signature: str, wanted: str, retry_errors
     return "errors" if retry_errors and entry.error_rows else None
 
 
-def _published(output_uri: str, outputs: dict[str, str], ledger: Ledger) -> dict[str, LedgerEntry]:
+def _published(output_uri: str, outputs: dict[str, str], ledger: Ledger, host: Host) -> dict[str, LedgerEntry]:
     """Entries that the listing of OUT confirms; where it does not, the output's own footer decides."""
     known = {s: e for s, m in outputs.items() if (e := ledger.entries.get(s)) is not None and e.mark == m}
     unknown = [shard for shard in outputs if shard not in known]
@@ -160,7 +161,7 @@ def _published(output_uri: str, outputs: dict[str, str], ledger: Ledger) -> dict
     def read(shard: str) -> LedgerEntry | None:
         return read_output_footer(output_uri, shard, outputs[shard])
 
-    for entry in _parallel(read, unknown):
+    for entry in _parallel(read, unknown, host):
         if entry is not None:
             known[entry.shard] = entry
             ledger.entries[entry.shard] = entry  # on disk at the end of the run: a dry run writes nothing
@@ -210,11 +211,11 @@ def _error_ranges(output_uri: str, shard: str) -> tuple[Range, ...]:
     return tuple(ranges)
 
 
-def _parallel(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def _parallel(function: Callable[[T], R], items: Sequence[T], host: Host) -> Iterator[R]:
     """Results in order, with a bounded number of calls under way."""
     if not items:
         return
-    with ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="framecap-footer") as pool:
+    with host.executor(_FOOTER_THREADS, "framecap-footer") as pool:
         for begin in range(0, len(items), 1024):
             yield from pool.map(function, items[begin : begin + 1024])
 

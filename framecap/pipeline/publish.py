@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from framecap.errors import ShardError
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.pipeline.plan import Chunk, Range, ShardPlan
 from framecap.schema import STATUS_ERROR, InputColumns, output_metadata, output_schema
@@ -68,7 +69,12 @@ class Publisher:
     """Follows which rows are in fragments, and publishes each shard as soon as all of them are."""
 
     def __init__(
-        self, places: Places, shards: list[ShardPlan], ledger: Ledger, later: Sequence[ShardPlan] = ()
+        self,
+        places: Places,
+        shards: list[ShardPlan],
+        ledger: Ledger,
+        later: Sequence[ShardPlan] = (),
+        host: Host = THIS_HOST,
     ) -> None:
         """``later``: shards that are not published now, but whose fragments are kept."""
         self._places, self._ledger = places, ledger
@@ -78,7 +84,7 @@ class Publisher:
         self._users: dict[str, set[str]] = {}  # fragment → shards that still need it
         self._cache = _FragmentCache(places.fragments)
         threads = 4 if is_local(places.output) else 16
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="framecap-publish")
+        self._pool = host.executor(threads, "framecap-publish")
         self._running: dict[str, Future[LedgerEntry]] = {}
         self._most = 4 * threads
         self.done = Published()

@@ -10,12 +10,14 @@ import sys
 
 from framecap.errors import CaptionerError, LockedError, NoProgressError, SettingsError, StorageError
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.job import Job, Resources, prepare
 from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.lock import OutputLock
 from framecap.pipeline.plan import Plan, describe, list_shards_to_do, make_chunks, make_plan, make_units, subtract
 from framecap.pipeline.progress import Progress
 from framecap.pipeline.publish import Publisher
+from framecap.pipeline.ray_stream import RayStream, RecordStream
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.state import claim_state
 from framecap.pipeline.stops import StopRun, Stops
@@ -50,29 +52,33 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         return EXIT_WORK_LEFT
 
 
-def run(settings: CaptionSettings) -> Summary:
-    """Caption what is not captioned yet.
+def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream | None = None) -> Summary:
+    """Caption what is not captioned yet, with the records of ``stream`` (by default Ray's).
 
     Raises ``SettingsError``, ``CaptionerError`` or ``StorageError`` before anything is started or written,
     and ``LockedError`` if another run works on the same output.
     """
-    job = prepare(settings)
+    stream = stream or RayStream()
+    job = prepare(settings, host)
     if settings.dry_run:
-        ledger = Ledger(job.state_uri, job.run_id)
+        ledger = Ledger(job.state_uri, job.run_id, host)
         return _dry_run(job, _plan(job, ledger))
-    with OutputLock(job.lock_uri, job.run_id, settings.lock_expiry) as lock, Stops(settings.time_budget) as stops:
-        ledger = Ledger(job.state_uri, job.run_id)
+    with (
+        OutputLock(job.lock_uri, job.run_id, settings.lock_expiry) as lock,
+        Stops(settings.time_budget, host) as stops,
+    ):
+        ledger = Ledger(job.state_uri, job.run_id, host)
         plan = _plan(job, ledger)
         for line in describe(plan):
             log.info("%s", line)
         summary = Summary.begin(job, plan)
         stops.watch(lock.check)
-        resources = _start(job, plan, stops)
+        resources = stream.start(job, stops) if any(shard.todo_rows for shard in plan.todo) else None
         claim_state(job.output_uri, job.state_uri)
         job = job.sized_for(resources) if resources is not None else job
-        publisher = Publisher(job.places, plan.todo, ledger, plan.later)
+        publisher = Publisher(job.places, plan.todo, ledger, plan.later, host)
         try:
-            _caption_and_publish(job, resources, plan, publisher, summary, stops)
+            _caption_and_publish(job, stream, resources, plan, publisher, summary, stops)
         except BaseException as error:
             summary.stopped = f"{type(error).__name__}: {str(error)[:500]}"
             raise
@@ -113,6 +119,7 @@ def _plan(job: Job, ledger: Ledger) -> Plan:
         job.added,
         job.settings.retry_errors,
         job.settings.limit,
+        job.host,
     )
 
 
@@ -124,20 +131,14 @@ def _dry_run(job: Job, plan: Plan) -> Summary:
     return summary
 
 
-def _start(job: Job, plan: Plan, stops: Stops) -> Resources | None:
-    """Ray, if anything is to do; the last mistakes in the settings show here, before anything is written."""
-    if not any(shard.todo_rows for shard in plan.todo):
-        return None
-    from framecap.pipeline.caption import start_ray  # Ray: only where there is work
-
-    job.check_captioner()
-    resources = start_ray(job.settings)
-    stops.listen()
-    return resources
-
-
 def _caption_and_publish(
-    job: Job, resources: Resources | None, plan: Plan, publisher: Publisher, summary: Summary, stops: Stops
+    job: Job,
+    stream: RecordStream,
+    resources: Resources | None,
+    plan: Plan,
+    publisher: Publisher,
+    summary: Summary,
+    stops: Stops,
 ) -> None:
     summary.recovered_rows = _take_up_fragments(job, plan, publisher)
     for shard in plan.todo:
@@ -146,13 +147,11 @@ def _caption_and_publish(
     total = sum(stop - start for _, ranges in remaining for start, stop in ranges)
     if not total or resources is None:
         return
-    from framecap.pipeline.caption import caption_units
-
     chunks = list(make_chunks(remaining, job.chunk_rows))
     units = make_units(chunks, max(1, min(8, len(chunks) // (8 * resources.actors))))
-    with Progress(total) as progress:
+    with Progress(total, job.host) as progress:
         try:
-            for record in caption_units(job, units, resources, stops):
+            for record in stream.records(job, units, resources, stops):
                 summary.add(record)
                 progress.add(record)
                 for name, error in record.failed.items():

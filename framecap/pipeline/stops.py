@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from framecap.errors import LockedError
+from framecap.pipeline.host import THIS_HOST, Host
 
 
 class StopRun(Exception):  # noqa: N818 - no error: the run ends early and says why
@@ -20,8 +20,9 @@ class StopRun(Exception):  # noqa: N818 - no error: the run ends early and says 
 class Stops:
     """``with Stops(budget) as stops:`` signals only leave a note; ``stops.check()`` raises ``StopRun``."""
 
-    def __init__(self, budget: float | None) -> None:
-        self._deadline = None if budget is None else time.monotonic() + budget
+    def __init__(self, budget: float | None, host: Host = THIS_HOST) -> None:
+        self._host = host
+        self._deadline = None if budget is None else host.monotonic() + budget
         self._signal: str | None = None
         self._check: Callable[[], None] | None = None
         self._before: dict[int, Any] = {}
@@ -51,7 +52,7 @@ class Stops:
         """Raise ``StopRun`` if there is a reason to stop."""
         if self._signal is not None:
             raise StopRun(f"{self._signal} was received")
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._deadline is not None and self._host.monotonic() > self._deadline:
             raise StopRun("the time budget is spent")
         if self._check is not None:
             try:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
-import time
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import framecap
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.job import Job
 from framecap.pipeline.plan import Plan
 from framecap.pipeline.publish import Publisher
@@ -57,13 +57,14 @@ class Summary:
     failed_shards: dict[str, str] = field(default_factory=dict)
     pruned: list[str] = field(default_factory=list)
     _retried: Counter[str] = field(default_factory=Counter, repr=False)
-    _begun: float = field(default_factory=time.monotonic, repr=False)
+    _host: Host = field(default=THIS_HOST, repr=False)
+    _begun: float = field(default=0.0, repr=False)
 
     @classmethod
     def begin(cls, job: Job, plan: Plan) -> Summary:
         return cls(
             run_id=job.run_id,
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            started=job.host.date().isoformat(timespec="seconds"),
             fingerprint=job.fingerprint,
             shards_by_reason=dict(plan.reasons),
             shards_done_before=plan.done,
@@ -71,12 +72,9 @@ class Summary:
             error_rows_before=plan.error_rows,
             plan_failed={shard: str(error) for shard, error in plan.failed.items()},
             settings=_public(job.settings),
-            versions={
-                "framecap": framecap.__version__,
-                "schema": str(SCHEMA_VERSION),
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("ray", "torch", "transformers", "pyarrow")},
-            },
+            versions=_versions(),
+            _host=job.host,
+            _begun=job.host.monotonic(),
         )
 
     def add(self, record: ChunkRecord) -> None:
@@ -98,8 +96,8 @@ class Summary:
 
     def end(self, publisher: Publisher, exit_code: int) -> None:
         self.exit_code = exit_code
-        self.ended = datetime.now(UTC).isoformat(timespec="seconds")
-        self.seconds = round(time.monotonic() - self._begun, 3)
+        self.ended = self._host.date().isoformat(timespec="seconds")
+        self.seconds = round(self._host.monotonic() - self._begun, 3)
         self.published_shards, self.published_rows = publisher.done.shards, publisher.done.rows
         self.unfinished_shards = publisher.unfinished
         failed = {shard: str(error) for shard, error in publisher.done.failed.items()}
@@ -137,7 +135,7 @@ class Summary:
         return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}{ending}"
 
     def to_json(self) -> bytes:
-        hidden = {"_begun", "_retried", "plan_failed"}  # the latter is part of failed_shards
+        hidden = {"_host", "_begun", "_retried", "plan_failed"}  # the latter is part of failed_shards
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -160,6 +158,16 @@ def last_rate(job: Job) -> float | None:
         if rate:
             return float(rate)
     return None
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {
+        "framecap": framecap.__version__,
+        "schema": str(SCHEMA_VERSION),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("ray", "torch", "transformers", "pyarrow")},
+    }
 
 
 def _public(settings: CaptionSettings) -> dict[str, Any]:
