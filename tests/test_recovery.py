@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -211,18 +212,25 @@ def test_a_second_run_on_the_same_output_is_refused_and_told_who_holds_it(
     assert f"held by run night-run (host {socket.gethostname()}, pid {os.getpid()}" in capfd.readouterr().err
 
 
-def stale_lock(path: Path, **changes: object) -> None:
+def stale_lock(path: Path, age: float = 0.0, **changes: object) -> None:
+    """A lock that was last written ``age`` seconds ago."""
     with OutputLock(str(path), "dead", 60):
         content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, **changes}))
+    os.utime(path, (time.time() - age, time.time() - age))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"host": "elsewhere", "heartbeat": 1.0}, {"pid": 2**22 + 1}, {"process_start": "before"}],
-    ids=["expired", "its process is gone", "its pid is another process now"],
+    [
+        {"host": "elsewhere", "age": 61},
+        {"host": "elsewhere", "age": 61, "heartbeat": time.time() + 86_400},
+        {"pid": 2**22 + 1},
+        {"process_start": "before"},
+    ],
+    ids=["expired", "its clock was a day ahead", "its process is gone", "its pid is another process now"],
 )
-def test_the_lock_of_a_dead_run_is_taken_over(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_the_lock_of_a_dead_run_is_taken_over(tmp_path: Path, changes: dict[str, Any]) -> None:
     stale_lock(tmp_path / "lock", **changes)
     with OutputLock(str(tmp_path / "lock"), "next", 60):
         assert json.loads((tmp_path / "lock").read_text())["run_id"] == "next"
@@ -230,13 +238,14 @@ def test_the_lock_of_a_dead_run_is_taken_over(tmp_path: Path, changes: dict[str,
 
 
 def test_a_live_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
-    stale_lock(tmp_path / "lock", host="elsewhere", boot="x", heartbeat=time.time())
+    hour_behind = time.time() - 3600
+    stale_lock(tmp_path / "lock", host="elsewhere", boot="x", heartbeat=hour_behind)
     with pytest.raises(LockedError, match="elsewhere"), OutputLock(str(tmp_path / "lock"), "next", 60):
         pass
 
 
 def test_of_many_rivals_for_a_dead_runs_lock_one_wins(tmp_path: Path) -> None:
-    stale_lock(tmp_path / "lock", heartbeat=1.0)
+    stale_lock(tmp_path / "lock", age=61)
     won: list[int] = []
     done = threading.Barrier(8)
 

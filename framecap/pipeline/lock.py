@@ -1,18 +1,19 @@
 """One run per output folder: a lock file with a heartbeat, which expires or is taken over from a dead run.
 
 Two holders would do no damage (every file is published atomically and determined by its content), only
-double work; so the lock favours simplicity. Knows nothing of shards.
+double work; so the lock favours simplicity. Needs no hard links and no file locks of the file system. How old a
+lock is, the place where it lies says, not the clock of the machine that wrote it. Knows nothing of shards.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,16 +22,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from framecap.errors import LockedError, StorageError
+from framecap.pipeline.clock import SYSTEM_CLOCK, Clock
 from framecap.storage import is_local, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
+_NO_FILE_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}  # network and FUSE mounts
 
 
 class OutputLock:
-    """``with OutputLock(uri, run_id, expiry):`` holds the lock; ``check()`` raises if it was lost."""
+    """``with OutputLock(uri, run_id, expiry):`` holds the lock; ``check()`` raises if it was lost.
 
-    def __init__(self, uri: str, run_id: str, expiry: float) -> None:
-        self._uri, self._expiry = uri, expiry
+    ``expiry``: seconds without a heartbeat after which others may take the lock over. A thread calls ``renew`` four
+    times in that; with a ``clock`` whose ``wait`` returns True at once, the caller does.
+    """
+
+    def __init__(self, uri: str, run_id: str, expiry: float, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._uri, self._expiry, self._clock = uri, expiry, clock
         self._me: dict[str, Any] = {
             "token": uuid.uuid4().hex,
             "run_id": run_id,
@@ -43,6 +50,7 @@ class OutputLock:
         self._made: list[Path] = []  # folders that were not there before, the lowest first
         self._ended = threading.Event()
         self._lost: str | None = None
+        self._renewed = clock.monotonic()
         self._heart = threading.Thread(target=self._beat, name="framecap-lock", daemon=True)
 
     def __enter__(self) -> Self:
@@ -52,13 +60,14 @@ class OutputLock:
         with _one_at_a_time(self._uri):
             for _ in range(3):
                 if self._create():
+                    self._renewed = self._clock.monotonic()
                     self._heart.start()
                     return self
                 holder = _read(self._uri)
-                if holder is not None and not _is_void(holder):
-                    raise LockedError(f"{self._uri} is held by {_describe(holder)}; wait for it, or stop it")
+                if holder is not None and not self._is_stale(holder):
+                    raise LockedError(f"{self._uri} is held by {self._describe(holder)}; wait for it, or stop it")
                 if holder is not None:
-                    log.warning("taking over the lock of %s", _describe(holder))
+                    log.warning("taking over the lock of %s", self._describe(holder))
                 self._remove(holder)
         raise LockedError(f"{self._uri} is being taken by another run; try again")
 
@@ -69,7 +78,7 @@ class OutputLock:
         self._heart.join(timeout=5)
         try:
             holder = _read(self._uri)
-            if holder is not None and holder.get("token") == self._me["token"]:
+            if holder is not None and self._is_mine(holder):
                 self._remove(holder)
         except OSError as failure:
             log.warning("the lock %s cannot be removed (%s); it expires", self._uri, failure)
@@ -87,34 +96,64 @@ class OutputLock:
         if self._lost is not None:
             raise LockedError(self._lost)
 
+    def renew(self) -> None:
+        """Write a new heartbeat. A failure is logged; only an expiry without any, or another holder, loses the lock."""
+        begun = self._clock.monotonic()
+        try:
+            holder = _read(self._uri)
+            if holder is None or not self._is_mine(holder):
+                self._lost = f"{self._uri} was taken over by {self._describe(holder or {})}; this run stops"
+                return
+            write_bytes_atomic(self._uri, self._content())
+            self._renewed = begun
+        except Exception as error:  # whatever it is, the lock must go on being kept
+            log.warning("heartbeat of %s failed: %s", self._uri, error)
+            if begun - self._renewed > self._expiry:
+                self._lost = f"{self._uri} could not be renewed for {begun - self._renewed:.0f} s; this run stops"
+
+    def _beat(self) -> None:
+        while self._lost is None and not self._clock.wait(self._ended, self._expiry / 4):
+            self.renew()
+
     def _content(self) -> bytes:
-        return json.dumps({**self._me, "heartbeat": time.time()}).encode()
+        return json.dumps({**self._me, "heartbeat": self._clock.now()}).encode()
+
+    def _is_mine(self, holder: dict[str, Any]) -> bool:
+        return bool(holder.get("token") == self._me["token"])
 
     def _create(self) -> bool:
-        fs, path = open_fs(self._uri)
+        """Whether the lock is this run's now; False if somebody holds it.
+
+        A store may have written the lock and lost its answer: then the lock holds this run's token.
+        """
         try:
             if is_local(self._uri):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                # Written whole and then linked: no reader ever sees half a lock.
-                temporary = f"{path}.{self._me['token']}"
-                Path(temporary).write_bytes(self._content())
-                try:
-                    os.link(temporary, path)
-                finally:
-                    Path(temporary).unlink()
+                _create_file(Path(open_fs(self._uri)[1]), self._content())
             else:
+                fs, path = open_fs(self._uri)
                 fs.invalidate_cache()
                 if fs.exists(path):
                     return False
                 fs.pipe_file(path, self._content(), mode="create")
-        except FileExistsError:
-            return False
         except OSError as error:
-            raise StorageError(f"{self._uri} cannot be written: {error}") from error
+            return self._was_created(error)
         return True
 
+    def _was_created(self, error: OSError) -> bool:
+        """What ``error`` of the creation meant: the answer was lost (True), somebody holds the lock (False).
+
+        Raises ``StorageError`` if there is no lock.
+        """
+        try:
+            holder = None if is_local(self._uri) else _read(self._uri)
+        except OSError:
+            holder = None
+        if holder is None and not isinstance(error, FileExistsError):
+            raise StorageError(f"{self._uri} cannot be written: {error}") from error
+        return holder is not None and self._is_mine(holder)
+
     def _remove(self, holder: dict[str, Any] | None) -> None:
-        """Remove a void lock; locally by a rename, which only one of two rivals can win."""
+        """Remove a stale lock; locally by a rename, which only one of two rivals can win."""
         fs, path = open_fs(self._uri)
         try:
             if is_local(self._uri):
@@ -126,28 +165,83 @@ class OutputLock:
         except FileNotFoundError:
             log.debug("the lock %s was already gone (%s)", self._uri, holder)
 
-    def _beat(self) -> None:
-        last = time.monotonic()
-        while not self._ended.wait(self._expiry / 4):
-            begun = time.monotonic()
-            try:
-                holder = _read(self._uri)
-                if holder is None or holder.get("token") != self._me["token"]:
-                    self._lost = f"{self._uri} was taken over by {_describe(holder or {})}; this run stops"
-                    return
-                write_bytes_atomic(self._uri, self._content())
-                last = begun
-            except Exception as error:  # whatever it is, the lock must go on being kept
-                log.warning("heartbeat of %s failed: %s", self._uri, error)
-                if begun - last > self._expiry:
-                    self._lost = f"{self._uri} could not be renewed for {begun - last:.0f} s; this run stops"
-                    return
+    def _is_stale(self, holder: dict[str, Any]) -> bool:
+        """Expired, or of a process of this very machine that no longer runs.
+
+        ``holder`` is {} where the lock cannot be read: it is being written, or its writer was killed.
+        """
+        expiry = _number(holder.get("expiry_s"), self._expiry)
+        age = self._age(holder)
+        if age > expiry:
+            return True
+        if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id():
+            return _process_start(int(_number(holder.get("pid"), -1))) != holder.get("process_start")
+        return age < -expiry and self._stands_still(holder, expiry)
+
+    def _age(self, holder: dict[str, Any]) -> float:
+        """Seconds since the last heartbeat, by the modification time that the place gives: the holder's clock may be
+        wrong. A store that tells none leaves the time that the holder wrote."""
+        if is_local(self._uri):
+            return _local_age(Path(open_fs(self._uri)[1]))
+        fs, path = open_fs(self._uri)
+        try:
+            written = float(fs.modified(path).timestamp())
+        except (OSError, AttributeError):
+            written = _number(holder.get("heartbeat"), 0.0)
+        return self._clock.now() - written
+
+    def _stands_still(self, holder: dict[str, Any], seconds: float) -> bool:
+        """Whether a lock from the future goes without a heartbeat for ``seconds`` by this machine's clock."""
+        log.warning("the lock of %s is from the future; watching it for %.0f s", self._describe(holder), seconds)
+        begun = self._clock.monotonic()
+        while self._clock.monotonic() - begun < seconds:
+            self._clock.wait(self._ended, seconds / 8)
+            if _read(self._uri) != holder:
+                return False
+        return True
+
+    def _describe(self, holder: dict[str, Any]) -> str:
+        age = self._clock.now() - _number(holder.get("heartbeat"), 0.0)
+        beat = f"last heartbeat {age:.0f} s ago" if "heartbeat" in holder else "no heartbeat"
+        return f"run {holder.get('run_id', '?')} (host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, {beat})"
+
+
+def _create_file(path: Path, content: bytes) -> None:
+    """Create ``path``, which must not exist. A reader may see it before its content: that is a lock of age 0."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # gcsfuse: another writer was first
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _local_age(lock: Path) -> float:
+    """Seconds since ``lock`` was written, by the clock of its own file system (of a server, perhaps)."""
+    probe = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        return now - lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # gone since: the next attempt creates it
+    except OSError as error:
+        raise StorageError(f"{lock} cannot be written: {error}") from error
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 @contextmanager
 def _one_at_a_time(uri: str) -> Iterator[None]:
     """Between rivals of one file system: read, remove, create without another in between. The kernel's lock is
-    on the folder, so that nothing is left behind; object stores have none, there a heartbeat notices a rival."""
+    on the folder, so that nothing is left behind. Object stores and some mounts have none: there a heartbeat
+    notices a rival."""
     if not is_local(uri):
         yield
         return
@@ -158,7 +252,11 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{uri} cannot be written: {error}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_FILE_LOCKS:
+                raise StorageError(f"{folder} cannot be locked: {error}") from error
         yield
     finally:
         os.close(handle)
@@ -176,21 +274,9 @@ def _read(uri: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else {}
 
 
-def _is_void(holder: dict[str, Any]) -> bool:
-    """Expired, or of a process of this very machine that no longer runs."""
-    if time.time() - float(holder.get("heartbeat", 0)) > float(holder.get("expiry_s", 0)):
-        return True
-    if holder.get("host") != socket.gethostname() or holder.get("boot") != _boot_id():
-        return False
-    return _process_start(int(holder.get("pid", -1))) != holder.get("process_start")
-
-
-def _describe(holder: dict[str, Any]) -> str:
-    age = time.time() - float(holder.get("heartbeat", 0))
-    return (
-        f"run {holder.get('run_id', '?')} (host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, "
-        f"last heartbeat {age:.0f} s ago)"
-    )
+def _number(value: object, default: float) -> float:
+    """``value`` if it is a number: a lock may hold anything."""
+    return float(value) if isinstance(value, int | float) else default
 
 
 def _boot_id() -> str:
