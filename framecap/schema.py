@@ -38,6 +38,8 @@ CAPTION_FIELDS = (
 )
 CANDIDATES_FIELD = pa.field("caption_candidates", pa.list_(pa.string()))
 EMBEDDING_COLUMN = "image_embedding"
+CAPTION_EMBEDDING_COLUMN = "caption_embedding"
+QUERY_COLUMN = "query_similarity"
 
 # What each column means, for docs/reference.md.
 COLUMN_MEANINGS = {

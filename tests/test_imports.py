@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "schema", "_root"},
     {"storage", "settings", "shards"},
     {"model"},
-    {"pipeline", "training", "bench", "pack", "pack_sources", "video", "verify", "report", "notebook"},
+    {"pipeline", "training", "bench", "pack", "pack_sources", "video", "verify", "report", "notebook", "importance", "search"},
     {"demo"},
     {"cli"},
     {"reference"},
