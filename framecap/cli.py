@@ -96,6 +96,13 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=report.run)
 
 
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    from framecap import search
+
+    search.add_arguments(parser)
+    parser.set_defaults(run=search.run)
+
+
 def _describe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "One Russian sentence per image, on this machine."
     parser.epilog = "Exit code: 0 all described, 2 settings or weights are wrong, 3 an image could not be read."
@@ -192,6 +199,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "pack": ("images, folders or video files → frame shards", _pack_arguments),
     "verify": ("prove that every frame of IN is in OUT once, in order", _verify_arguments),
     "report": ("one self-contained report.html of a run", _report_arguments),
+    "search": ("frames of an output that fit a query in words", _search_arguments),
 }
 
 

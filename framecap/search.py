@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from framecap import schema
 from framecap.errors import SettingsError, ShardError
-from framecap.pipeline.listing import list_input, list_output, open_shard
 from framecap.report.gallery import Shown, add_thumbnails
+from framecap.shards import list_input, list_output, open_shard
 from framecap.storage import local_copy, write_bytes_atomic
 
 BY = {"image": schema.EMBEDDING_COLUMN, "caption": schema.CAPTION_EMBEDDING_COLUMN}
