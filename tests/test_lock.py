@@ -18,27 +18,35 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from framecap.errors import LockedError, StorageError
 from framecap.pipeline import lock as lock_module
-from framecap.pipeline.clock import Clock
+from framecap.pipeline.host import Background, Host
 from framecap.pipeline.lock import OutputLock
 from framecap.storage import open_fs, read_bytes, write_bytes_atomic
 
 
-class HandClock:
-    """A clock that stands still until somebody waits; no heartbeat but those that the test asks for."""
+class NoThread:
+    def join(self, timeout: float | None = None) -> None:
+        return
 
-    def __init__(self, now: float = 1_000_000.0) -> None:
-        self.seconds = now
+
+class StoppedHost(Host):
+    """A machine whose clock stands still until somebody waits, and whose background never runs."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_000_000.0
         self.on_wait: Callable[[], None] = lambda: None
 
-    def clock(self) -> Clock:
-        return Clock(lambda: self.seconds, lambda: self.seconds, self._wait)
+    def now(self) -> float:
+        return self.seconds
 
-    def _wait(self, ended: threading.Event, seconds: float) -> bool:
-        if threading.current_thread().name == "framecap-lock":
-            return True
+    monotonic = now
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
         self.seconds += seconds
         self.on_wait()
         return False
+
+    def start(self, function: Callable[[], None], name: str) -> Background:
+        return NoThread()
 
 
 def refuse_links(*_: object, **__: object) -> None:
@@ -94,24 +102,24 @@ def timeless_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("timeless_store")
 def test_a_lock_from_the_future_is_watched_for_its_expiry_and_taken_over() -> None:
-    time_here = HandClock()
-    uri = remote_lock(time_here.seconds + 86_400)
-    before = time_here.seconds
-    with OutputLock(uri, "next", 60, time_here.clock()):
+    host = StoppedHost()
+    uri = remote_lock(host.seconds + 86_400)
+    before = host.seconds
+    with OutputLock(uri, "next", 60, host):
         assert json.loads(read_bytes(uri))["run_id"] == "next"
-    assert time_here.seconds - before == pytest.approx(120)
+    assert host.seconds - before == pytest.approx(120)
 
 
 @pytest.mark.usefixtures("timeless_store")
 def test_a_lock_from_the_future_that_beats_is_respected() -> None:
-    time_here = HandClock()
-    uri = remote_lock(time_here.seconds + 86_400)
+    host = StoppedHost()
+    uri = remote_lock(host.seconds + 86_400)
 
     def beat() -> None:
-        remote_lock(time_here.seconds + 86_400)
+        remote_lock(host.seconds + 86_400)
 
-    time_here.on_wait = beat
-    with pytest.raises(LockedError, match="held by run other"), OutputLock(uri, "next", 60, time_here.clock()):
+    host.on_wait = beat
+    with pytest.raises(LockedError, match="held by run other"), OutputLock(uri, "next", 60, host):
         pass
 
 
@@ -123,12 +131,12 @@ def test_on_a_store_the_modification_time_decides_not_the_holders_clock() -> Non
 
 
 def test_a_heartbeat_may_be_driven_by_the_caller() -> None:
-    time_here = HandClock()
+    host = StoppedHost()
     uri = "memory://driven/lock"
-    with OutputLock(uri, "steady", 60, time_here.clock()) as lock:
-        time_here.seconds += 30
+    with OutputLock(uri, "steady", 60, host) as lock:
+        host.seconds += 30
         lock.renew()
-        assert json.loads(read_bytes(uri))["heartbeat"] == time_here.seconds
+        assert json.loads(read_bytes(uri))["heartbeat"] == host.seconds
         lock.check()
     MemoryFileSystem.store.clear()
 

@@ -270,6 +270,7 @@ def test_a_run_whose_lock_was_taken_away_notices(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with OutputLock(str(path), "slow", 0.4) as lock:
         path.write_text(json.dumps({"token": "other", "run_id": "thief", "heartbeat": time.time()}))
+        assert lock._heart is not None
         lock._heart.join(timeout=10)
         with pytest.raises(LockedError, match="thief"):
             lock.check()
@@ -295,6 +296,7 @@ def test_a_heartbeat_outlives_errors_of_any_kind_but_not_the_expiry(
         before = json.loads((tmp_path / "lock").read_text())["heartbeat"]
         assert time.time() - before < 0.8, "it beats again"
         failures.append(RuntimeError("the store is gone"))
+        assert lock._heart is not None
         lock._heart.join(timeout=10)
         with pytest.raises(LockedError, match="could not be renewed"):
             lock.check()

@@ -12,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from framecap.errors import LockedError, StorageError
-from framecap.pipeline.clock import SYSTEM_CLOCK, Clock
+from framecap.pipeline.host import THIS_HOST, Background, Host
 from framecap.storage import is_local, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -32,26 +31,26 @@ _NO_FILE_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, er
 class OutputLock:
     """``with OutputLock(uri, run_id, expiry):`` holds the lock; ``check()`` raises if it was lost.
 
-    ``expiry``: seconds without a heartbeat after which others may take the lock over. A thread calls ``renew`` four
-    times in that; with a ``clock`` whose ``wait`` returns True at once, the caller does.
+    ``expiry``: seconds without a heartbeat after which others may take the lock over; the heartbeat, four times in
+    that, runs in the background of ``host``.
     """
 
-    def __init__(self, uri: str, run_id: str, expiry: float, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._uri, self._expiry, self._clock = uri, expiry, clock
+    def __init__(self, uri: str, run_id: str, expiry: float, host: Host = THIS_HOST) -> None:
+        self._uri, self._expiry, self._host = uri, expiry, host
         self._me: dict[str, Any] = {
             "token": uuid.uuid4().hex,
             "run_id": run_id,
-            "host": socket.gethostname(),
-            "boot": _boot_id(),
-            "pid": os.getpid(),
-            "process_start": _process_start(os.getpid()),
+            "host": host.name(),
+            "boot": host.boot(),
+            "pid": host.pid(),
+            "process_start": host.process_start(host.pid()),
             "expiry_s": expiry,
         }
         self._made: list[Path] = []  # folders that were not there before, the lowest first
         self._ended = threading.Event()
         self._lost: str | None = None
-        self._renewed = clock.monotonic()
-        self._heart = threading.Thread(target=self._beat, name="framecap-lock", daemon=True)
+        self._renewed = host.monotonic()
+        self._heart: Background | None = None
 
     def __enter__(self) -> Self:
         """Raises ``LockedError`` naming the holder, or ``StorageError`` if the place cannot be written."""
@@ -60,8 +59,8 @@ class OutputLock:
         with _one_at_a_time(self._uri):
             for _ in range(3):
                 if self._create():
-                    self._renewed = self._clock.monotonic()
-                    self._heart.start()
+                    self._renewed = self._host.monotonic()
+                    self._heart = self._host.start(self._beat, "framecap-lock")
                     return self
                 holder = _read(self._uri)
                 if holder is not None and not self._is_stale(holder):
@@ -75,7 +74,8 @@ class OutputLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._heart.join(timeout=5)
+        if self._heart is not None:
+            self._heart.join(timeout=5)
         try:
             holder = _read(self._uri)
             if holder is not None and self._is_mine(holder):
@@ -98,7 +98,7 @@ class OutputLock:
 
     def renew(self) -> None:
         """Write a new heartbeat. A failure is logged; only an expiry without any, or another holder, loses the lock."""
-        begun = self._clock.monotonic()
+        begun = self._host.monotonic()
         try:
             holder = _read(self._uri)
             if holder is None or not self._is_mine(holder):
@@ -112,11 +112,11 @@ class OutputLock:
                 self._lost = f"{self._uri} could not be renewed for {begun - self._renewed:.0f} s; this run stops"
 
     def _beat(self) -> None:
-        while self._lost is None and not self._clock.wait(self._ended, self._expiry / 4):
+        while self._lost is None and not self._host.wait(self._ended, self._expiry / 4):
             self.renew()
 
     def _content(self) -> bytes:
-        return json.dumps({**self._me, "heartbeat": self._clock.now()}).encode()
+        return json.dumps({**self._me, "heartbeat": self._host.now()}).encode()
 
     def _is_mine(self, holder: dict[str, Any]) -> bool:
         return bool(holder.get("token") == self._me["token"])
@@ -174,8 +174,8 @@ class OutputLock:
         age = self._age(holder)
         if age > expiry:
             return True
-        if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id():
-            return _process_start(int(_number(holder.get("pid"), -1))) != holder.get("process_start")
+        if holder.get("host") == self._host.name() and holder.get("boot") == self._host.boot():
+            return self._host.process_start(int(_number(holder.get("pid"), -1))) != holder.get("process_start")
         return age < -expiry and self._stands_still(holder, expiry)
 
     def _age(self, holder: dict[str, Any]) -> float:
@@ -188,20 +188,20 @@ class OutputLock:
             written = float(fs.modified(path).timestamp())
         except (OSError, AttributeError):
             written = _number(holder.get("heartbeat"), 0.0)
-        return self._clock.now() - written
+        return self._host.now() - written
 
     def _stands_still(self, holder: dict[str, Any], seconds: float) -> bool:
         """Whether a lock from the future goes without a heartbeat for ``seconds`` by this machine's clock."""
         log.warning("the lock of %s is from the future; watching it for %.0f s", self._describe(holder), seconds)
-        begun = self._clock.monotonic()
-        while self._clock.monotonic() - begun < seconds:
-            self._clock.wait(self._ended, seconds / 8)
+        begun = self._host.monotonic()
+        while self._host.monotonic() - begun < seconds:
+            self._host.wait(self._ended, seconds / 8)
             if _read(self._uri) != holder:
                 return False
         return True
 
     def _describe(self, holder: dict[str, Any]) -> str:
-        age = self._clock.now() - _number(holder.get("heartbeat"), 0.0)
+        age = self._host.now() - _number(holder.get("heartbeat"), 0.0)
         beat = f"last heartbeat {age:.0f} s ago" if "heartbeat" in holder else "no heartbeat"
         return f"run {holder.get('run_id', '?')} (host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, {beat})"
 
@@ -277,18 +277,3 @@ def _read(uri: str) -> dict[str, Any] | None:
 def _number(value: object, default: float) -> float:
     """``value`` if it is a number: a lock may hold anything."""
     return float(value) if isinstance(value, int | float) else default
-
-
-def _boot_id() -> str:
-    """This boot and process namespace: containers of one machine may share host name and boot, not pids."""
-    path, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    return f"{path.read_text().strip()} {space.readlink()}" if path.exists() else ""
-
-
-def _process_start(pid: int) -> str | None:
-    """When the process started, in the kernel's ticks; None if it is not there (or a zombie)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]

@@ -64,7 +64,7 @@ def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream 
         ledger = Ledger(job.state_uri, job.run_id, host)
         return _dry_run(job, _plan(job, ledger))
     with (
-        OutputLock(job.lock_uri, job.run_id, settings.lock_expiry) as lock,
+        OutputLock(job.lock_uri, job.run_id, settings.lock_expiry, host) as lock,
         Stops(settings.time_budget, host) as stops,
     ):
         ledger = Ledger(job.state_uri, job.run_id, host)
