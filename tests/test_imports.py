@@ -28,6 +28,7 @@ LAYERS = [
         "notebook",
         "importance",
         "search",
+        "pairs",
     },
     {"demo"},
     {"cli"},
