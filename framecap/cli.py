@@ -177,10 +177,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _assemble_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Put an encoder, a decoder and a bridge together, check that they fit, write their checksums."
-    parser.add_argument("--encoder", required=True, help="ruCLIP checkpoint directory, or ViT-B32-small.pt")
+    parser.add_argument("--encoder", required=True, help="ruCLIP checkpoint directory, or OpenAI's ViT-B-32.pt")
     parser.add_argument("--decoder", required=True, help="ruGPT3 checkpoint directory (transformers layout)")
     parser.add_argument("--bridge", required=True, help="bridge.safetensors, or a ClipCap checkpoint (.pt)")
-    parser.add_argument("--config", help="config.json of the bridge (default: the one beside bridge.safetensors)")
+    parser.add_argument("--config", help="config.json of the captioner (default: beside the bridge, or read from the tensors)")
     parser.add_argument("--out", required=True, help="the captioner directory to make")
     parser.set_defaults(run=_assemble)
 

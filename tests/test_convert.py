@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from framecap import Captioner, DecodeOptions
-from framecap.errors import BridgeMismatchError, MissingFileError, SettingsError, StateDictError
+from framecap.errors import BridgeMismatchError, MissingFileError, SettingsError, StateDictError, WeightsError
 from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.captioner_config import CaptionerConfig
 from framecap.model.convert import assemble, clipcap_bridge_config, import_clipcap
+from framecap.model.ruclip import ImageFeatures
 from framecap.model.rugpt import RuGpt
-from framecap.model.weights import read_state_dict
+from framecap.model.weights import read_state_dict, write_state_dict
 
 
 def test_the_imported_clipcap_checkpoint_gives_the_reference_captions(shared: Path, tmp_path: Path) -> None:
@@ -98,14 +103,178 @@ def test_the_public_russian_layout_imports_openai_tower_and_all(data: Path, tmp_
 @pytest.mark.parametrize("kind", ["mlp", "linear", "transformer"])
 def test_the_kind_and_sizes_of_a_mapper_are_read_from_its_tensors(kind: str) -> None:
     config = BridgeConfig(kind, 24, 32, prefix_length=6, clip_length=5, num_layers=3)
-    state = {
-        k.removeprefix("linear.") if kind == "linear" else k: v for k, v in build_bridge(config).state_dict().items()
-    }
-    found = clipcap_bridge_config(state, 32, "test")
+    found = clipcap_bridge_config(build_bridge(config).state_dict(), 32, "test")
     sizes = ("kind", "feature_size", "decoder_size", "prefix_length")
     assert [getattr(found, s) for s in sizes] == [getattr(config, s) for s in sizes]
     if kind == "transformer":
         assert (found.clip_length, found.num_layers) == (5, 3)
+
+
+def test_a_linear_mapper_as_the_notebooks_have_it_is_imported_with_its_values(data: Path, tmp_path: Path) -> None:
+    linear = torch.nn.Linear(48, 20 * 64)  # ClipCaptionModel with prefix_length 20: one nn.Linear, no MLP
+    state = {f"clip_project.{name}": tensor.detach() for name, tensor in linear.state_dict().items()}
+    torch.save(state, tmp_path / "linear.pt")
+    out = assemble(data / "ruclip-vit-b32-tiny", data / "rugpt3-tiny", tmp_path / "linear.pt", tmp_path / "out")
+    captioner = Captioner.from_pretrained(out, device="cpu")
+    pooled = torch.randn(2, 48)
+    with torch.inference_mode():
+        prefix, _ = captioner.bridge(ImageFeatures(pooled, torch.empty(0)))
+    assert prefix is not None
+    torch.testing.assert_close(prefix.flatten(1), linear(pooled).detach())
+
+
+def clipcap_transformer(data: Path, path: Path) -> BridgeConfig:
+    """A ClipCap checkpoint of the transformer mapper at ``path``, and what it was trained as."""
+    config = BridgeConfig("transformer", 48, 64, 10, clip_length=5, num_layers=2, num_heads=4, normalize_features=True)
+    torch.save({f"clip_project.{k}": v for k, v in build_bridge(config).state_dict().items()}, path)
+    return config
+
+
+def test_a_config_says_of_a_clipcap_checkpoint_what_its_tensors_do_not(data: Path, tmp_path: Path) -> None:
+    bridge = clipcap_transformer(data, tmp_path / "t.pt")
+    asked = CaptionerConfig(bridge, stop=("!",))
+    parts = (data / "ruclip-vit-b32-tiny", data / "rugpt3-tiny", tmp_path / "t.pt")
+    assert CaptionerConfig.from_file(assemble(*parts, tmp_path / "asked", asked) / "config.json") == asked
+    plain = CaptionerConfig.from_file(assemble(*parts, tmp_path / "plain") / "config.json")
+    assert (plain.bridge.num_heads, plain.bridge.normalize_features, plain.stop) == (8, False, (".",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefix_length": 12}, "says prefix_length 12, its tensors say 10"),
+        ({"kind": "linear"}, "says kind 'linear', its tensors say 'transformer'"),
+        ({"num_layers": 8}, "says num_layers 8, its tensors say 2"),
+        ({"feature_size": 512}, "says feature_size 512, its tensors say 48"),
+        ({"decoder_size": 768}, "says decoder_size 768, its tensors say 64"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_of_a_clipcap_checkpoint_is_refused(
+    data: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    bridge = clipcap_transformer(data, tmp_path / "t.pt")
+    asked = CaptionerConfig(BridgeConfig.from_dict(bridge.to_dict() | change))
+    with pytest.raises(BridgeMismatchError, match=message):
+        assemble(data / "ruclip-vit-b32-tiny", data / "rugpt3-tiny", tmp_path / "t.pt", tmp_path / "out", asked)
+
+
+class Node(nn.Module):
+    """A part of a module tree that is built by names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def as_torchscript(state: dict[str, Tensor], path: Path) -> None:
+    """``state`` as the module that OpenAI's ``ViT-B-32.pt`` is: a traced one, whose code torch would compile."""
+    root = Node()
+    for name, tensor in state.items():
+        *parts, last = name.split(".")
+        node = root
+        for part in parts:
+            if part not in node._modules:
+                node.add_module(part, Node())
+            node = node._modules[part]  # type: ignore[assignment]
+        node.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+    torch.jit.save(torch.jit.trace(root, torch.zeros(1)), path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_torchscript_archive_of_openai_gives_the_tensors_of_its_state_dict(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tower = {k.replace("visual_encoder.model.", "visual."): v for k, v in prototype_checkpoint().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        as_torchscript(tower | {"text_projection": torch.randn(4, 4)}, tmp_path / "ViT-B-32.pt")
+    torch.save(clipcap_state(RuGpt.from_pretrained(data / "rugpt3-tiny"), embed=16), tmp_path / "clipcap.pt")
+    out = assemble(tmp_path / "ViT-B-32.pt", data / "rugpt3-tiny", tmp_path / "clipcap.pt", tmp_path / "out")
+    found = read_state_dict(out / "encoder")
+    assert found.keys() == tower.keys()
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in tower.items())
+
+
+def renamed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+WRAPPED: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "DistributedDataParallel": lambda state: renamed("module.", state),
+    "torch.compile": lambda state: renamed("_orig_mod.", state),
+    "Lightning": lambda state: {"state_dict": renamed("model.", state), "epoch": 1, "optimizer_states": []},
+    "model and optimizer": lambda state: {"model": state, "optimizer": {"state": {}}, "epoch": 3},
+    "DeepSpeed, DDP and compile": lambda state: {"module": renamed("module._orig_mod.", state), "dp_world_size": 8},
+    "a compiled part": lambda state: {name.replace("gpt.", "gpt._orig_mod."): v for name, v in state.items()},
+}
+
+
+@pytest.mark.parametrize("wrapping", list(WRAPPED))
+def test_wrapped_checkpoints_are_unwrapped(data: Path, tmp_path: Path, wrapping: str) -> None:
+    state = clipcap_state(RuGpt.from_pretrained(data / "rugpt3-tiny"), embed=48)
+    torch.save(WRAPPED[wrapping](state), tmp_path / "x.pt")
+    found = read_state_dict(tmp_path / "x.pt")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_bridge_that_is_called_model_keeps_its_names(tmp_path: Path) -> None:
+    state = build_bridge(BridgeConfig("mlp", 4, 8)).state_dict()
+    write_state_dict(tmp_path / "mlp.safetensors", state)
+    assert set(read_state_dict(tmp_path / "mlp.safetensors")) == {
+        "model.0.weight", "model.0.bias", "model.2.weight", "model.2.bias",
+    }  # fmt: skip
+
+
+def test_a_prefix_that_nobody_knows_is_named_in_the_error(data: Path, tmp_path: Path) -> None:
+    state = clipcap_state(RuGpt.from_pretrained(data / "rugpt3-tiny"), embed=48)
+    torch.save(renamed("captioner.net.", state), tmp_path / "x.pt")
+    with pytest.raises(StateDictError, match=r"tensors under 'captioner\.net\.'; take that prefix off all names"):
+        assemble(data / "ruclip-vit-b32-tiny", data / "rugpt3-tiny", tmp_path / "x.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("shard", "index"),
+    [
+        ("model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"),
+    ],
+)
+def test_a_decoder_of_one_shard_with_an_index_assembles_and_loads(
+    tiny_captioner_dir: Path, data: Path, tmp_path: Path, shard: str, index: str
+) -> None:
+    decoder = tmp_path / "decoder"
+    shutil.copytree(data / "rugpt3-tiny", decoder)
+    state = read_state_dict(decoder)
+    (decoder / "model.safetensors").unlink()
+    if shard.endswith(".bin"):
+        torch.save(state, decoder / shard)
+    else:
+        write_state_dict(decoder / shard, state)
+    (decoder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, shard)}))
+    bridge = tiny_captioner_dir / "bridge.safetensors"
+    out = assemble(data / "ruclip-vit-b32-tiny", decoder, bridge, tmp_path / "out")
+    frame = data / "ruclip-vit-b32-tiny" / "images" / "00_RGB_640x360.jpg"
+    assert Captioner.from_pretrained(out).caption([frame]) == Captioner.from_pretrained(tiny_captioner_dir).caption(
+        [frame]
+    )
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "bridge"])
+def test_what_is_wrong_with_a_part_is_said_of_the_file_that_was_given(
+    tiny_captioner_dir: Path, data: Path, tmp_path: Path, part: str
+) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(tiny_captioner_dir, given)
+    weights = {
+        "encoder": given / "encoder" / "pytorch_model.bin",
+        "decoder": given / "decoder" / "model.safetensors",
+        "bridge": given / "bridge.safetensors",
+    }[part]
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(WeightsError) as caught:
+        assemble(given / "encoder", given / "decoder", given / "bridge.safetensors", tmp_path / "out")
+    assert str(weights) in str(caught.value)
+    assert ".assemble-" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
 def test_a_foreign_key_in_a_clipcap_checkpoint_is_named(data: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -353,11 +353,15 @@ class Captioner:
 
 def load_bridge(path: Path, bridge: Bridge, decoder: RuGpt) -> None:
     """Load bridge.safetensors strictly: ``bridge.*`` into the bridge, ``decoder.*`` into cross-attention layers."""
-    state = read_state_dict(path)
+    load_bridge_state(read_state_dict(path), bridge, decoder, path)
+
+
+def load_bridge_state(state: Mapping[str, Tensor], bridge: Bridge, decoder: RuGpt, source: str | Path) -> None:
+    """``load_bridge`` of tensors that were read already; ``source`` is what errors call them."""
     crossing = {name: tensor for name, tensor in state.items() if name.startswith(CROSS_ATTENTION_PREFIX)}
     own = {name.removeprefix(BRIDGE_PREFIX): tensor for name, tensor in state.items() if name not in crossing}
-    load_strictly(bridge, own, path)
-    decoder.load_cross_attention_state(crossing, path)
+    load_strictly(bridge, own, source)
+    decoder.load_cross_attention_state(crossing, source)
 
 
 def frame_seed(pixels: np.ndarray, seed: int) -> int:

@@ -1,7 +1,7 @@
 """Checkpoint files → named tensors, and named tensors → a module, strictly.
 
-Knows nothing of what the tensors are for. Pickles are read with ``weights_only=True`` and nothing else, so
-that a checkpoint can hold weights and never code.
+Knows nothing of what the tensors are for. Pickles are read with ``weights_only=True``, or by ``plain_pickle``, which is
+as strict, so that a checkpoint can hold weights and never code.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from framecap.errors import MissingFileError, StateDictError, UnsafePickleError, WeightsError
+from framecap.model.plain_pickle import needs_plain_reader, read_plainly
 
 SAFETENSORS_NAME = "model.safetensors"
 PICKLE_NAME = "pytorch_model.bin"
 _INDEX_NAMES = (f"{SAFETENSORS_NAME}.index.json", f"{PICKLE_NAME}.index.json")
-_WRAPPERS = ("state_dict", "model_state_dict")
+# Keys that training frameworks put a state dict under (Lightning, fairseq, DeepSpeed), beside optimiser and epoch.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# What DistributedDataParallel, torch.compile and a Lightning module named "model" put before every name.
+_NAME_PREFIXES = ("module.", "_orig_mod.", "model.")
 # What torch's weights-only unpickler says of a pickle that names a class or function it does not trust.
 _UNSAFE_MARKS = (
     "Unsupported global",
@@ -31,7 +35,6 @@ _UNSAFE_MARKS = (
     "Can only create new object",
     "Can only build Tensor",
 )
-_PICKLE_PROTOCOL_MARK = b"\x80"
 
 
 def find_weights(directory: str | Path) -> list[Path]:
@@ -59,12 +62,21 @@ def find_weights(directory: str | Path) -> list[Path]:
     )
 
 
+def index_of(weights: list[Path]) -> str | None:
+    """Name of the ``.index.json`` that names the shards ``weights`` (of ``find_weights``); None for one whole file."""
+    if weights[0].name in (SAFETENSORS_NAME, PICKLE_NAME):
+        return None
+    return next((name for name in _INDEX_NAMES if weights[0].with_name(name).is_file()), None)
+
+
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a weight file, or all weight files of a checkpoint directory, into CPU tensors by name.
 
-    ``path`` is a directory (see ``find_weights``), a ``.safetensors`` file, or a ``torch.save`` file; a dict
-    wrapped as ``{"state_dict": …}`` is unwrapped. Raises MissingFileError, UnsafePickleError for a pickle
-    that wants more than tensors, WeightsError for anything else that cannot be read as weights.
+    ``path`` is a directory (see ``find_weights``), a ``.safetensors`` file, a ``torch.save`` file or a TorchScript
+    archive, whose code is not run. A dict wrapped as ``{"state_dict": …}`` or ``{"model": …}`` is unwrapped, and
+    prefixes that wrappers put before every name (``module.``, ``model.``, ``_orig_mod.``) are taken off. Raises
+    MissingFileError, UnsafePickleError for a pickle that wants more than tensors, WeightsError for anything else that
+    cannot be read as weights.
     """
     path = Path(path)
     files = find_weights(path) if path.is_dir() else [path]
@@ -75,7 +87,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         if file.stat().st_size == 0:
             raise WeightsError(f"{file} is empty; fetch it again.")
         state.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file))
-    return state
+    return _without_wrapper_prefixes(state)
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -138,12 +150,14 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    if needs_plain_reader(file):
+        return _named_tensors(read_plainly(file), file)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if _wants_code(error, file):
+        if any(mark in str(error) for mark in _UNSAFE_MARKS):
             raise UnsafePickleError(
                 f"{file} is a pickle that wants to run code ({_first_line(error)}); refused. "
                 "Save it again as tensors only, best as model.safetensors."
@@ -156,23 +170,30 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _named_tensors(content: object, file: Path) -> dict[str, torch.Tensor]:
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    """The state dict in ``content``, out of the dicts that training frameworks wrap it in."""
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
     if not isinstance(content, Mapping):
         raise WeightsError(f"{file} holds a {type(content).__name__} where a dict of tensors is needed.")
     strangers = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if strangers:
-        raise WeightsError(f"{file} holds entries that are not tensors: {', '.join(strangers[:8])}.")
+        names = ", ".join(strangers[:8])
+        raise WeightsError(f"{file} holds entries that are not tensors: {names}. Save the model's state_dict() alone.")
     return {str(name): tensor for name, tensor in content.items()}
 
 
-def _wants_code(error: pickle.UnpicklingError, file: Path) -> bool:
-    if any(mark in str(error) for mark in _UNSAFE_MARKS):
-        return True
-    # Protocols 4 and 5 are never written by torch.save; the weights-only reader stops at their first opcode.
-    with file.open("rb") as stream:
-        return "Unsupported operand" in str(error) and stream.read(1) == _PICKLE_PROTOCOL_MARK
+def _without_wrapper_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` without the prefixes that every one of its names has; see ``_NAME_PREFIXES``."""
+    state = {name.replace("._orig_mod.", "."): tensor for name, tensor in state.items()}
+    while prefix := next((p for p in _NAME_PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        bare = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        if any(name[:1].isdigit() for name in bare):  # an nn.Sequential called model: the names of a bridge, say
+            break
+        state = bare
+    return state
 
 
 def _first_line(error: Exception) -> str:
