@@ -180,7 +180,7 @@ def _assemble_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", required=True, help="ruCLIP checkpoint directory, or OpenAI's ViT-B-32.pt")
     parser.add_argument("--decoder", required=True, help="ruGPT3 checkpoint directory (transformers layout)")
     parser.add_argument("--bridge", required=True, help="bridge.safetensors, or a ClipCap checkpoint (.pt)")
-    parser.add_argument("--config", help="config.json of the captioner (default: beside the bridge, or read from the tensors)")
+    parser.add_argument("--config", help="captioner's config.json (default: beside the bridge, or by its tensors)")
     parser.add_argument("--out", required=True, help="the captioner directory to make")
     parser.set_defaults(run=_assemble)
 
