@@ -111,10 +111,12 @@ class FrameError(FramecapError):
 
 FRAME_ERROR_KINDS = (
     "missing",  # null, or the URI or path leads nowhere
+    "not_allowed",  # the URI is of a kind, or leads to a place, that the operator did not allow
     "empty",  # zero bytes, or zero pixels
     "truncated",  # the file ends before the picture does
     "not_an_image",  # no decoder knows the bytes
-    "too_large",  # more pixels than the limit: a decompression bomb
+    "too_large",  # more pixels, bytes or memory than the limits: a decompression bomb
+    "too_slow",  # fetching or decoding it takes longer than the limit
     "model",  # the captioner failed on this very frame
 )
 

@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from framecap.errors import FRAME_ERROR_KINDS, FrameError
-from framecap.model import images
+from framecap.model import jpeg
 from framecap.model.images import crop_and_resize, normalise, open_frame, preprocess
+from framecap.model.jpeg import decoder_scale
+from framecap.model.picture_limits import PictureLimits
 
 DATA = Path(__file__).parent / "data" / "ruclip-vit-b32-tiny" / "images"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -50,7 +52,7 @@ def encoded(image: Image.Image, fmt: str, **options: object) -> bytes:
 
 def kind_of(frame: object, **limits: int) -> str:
     with pytest.raises(FrameError) as caught:
-        crop_and_resize(frame, 32, **limits)  # type: ignore[arg-type]
+        crop_and_resize(frame, 32, limits=PictureLimits(**limits))  # type: ignore[arg-type]
     assert caught.value.kind in FRAME_ERROR_KINDS
     return caught.value.kind
 
@@ -152,7 +154,7 @@ def test_fast_decoding_stays_within_one_level_of_exact_on_average() -> None:
 
 
 def test_fast_decoding_scales_by_powers_of_two_and_keeps_a_margin() -> None:
-    assert [images._decoder_scale(side, 384) for side in (384, 720, 1080, 2160, 8640)] == [1, 1, 2, 4, 8]
+    assert [decoder_scale(side, 384) for side in (384, 720, 1080, 2160, 8640)] == [1, 1, 2, 4, 8]
 
 
 def test_fast_equals_exact_where_there_is_nothing_to_scale() -> None:
@@ -249,7 +251,7 @@ def test_the_pixel_limit_holds_for_every_kind_of_frame() -> None:
     image = picture(20, 10)
     for frame in (encoded(image, "PNG"), encoded(image, "JPEG"), image, np.asarray(image)):
         assert kind_of(frame, max_pixels=199) == "too_large"
-        assert crop_and_resize(frame, 32, max_pixels=200).shape == (32, 32, 3)
+        assert crop_and_resize(frame, 32, limits=PictureLimits(max_pixels=200)).shape == (32, 32, 3)
 
 
 def test_no_warning_reaches_the_caller() -> None:
@@ -296,5 +298,5 @@ def test_threads_decode_side_by_side() -> None:
 def test_pillow_alone_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(300, 200), "JPEG")
     want = crop_and_resize(data, 96)
-    monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(jpeg, "simplejpeg", None)
     assert (crop_and_resize(data, 96) == want).all()

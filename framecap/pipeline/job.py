@@ -124,7 +124,7 @@ class Job:
             resolution=self.resolution,
             seed=s.seed,
             decode=s.decode,
-            max_pixels=s.max_pixels,
+            limits=s.limits,
             fetch_threads=s.fetch_threads,
             fetch_retries=s.fetch_retries,
             share_identical=self.share_identical,

@@ -21,7 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framecap.errors import FramecapError, FrameError, ShardError
-from framecap.model.images import Pixels, crop_and_resize
+from framecap.model.decoder_process import shared_decoder
+from framecap.model.picture_limits import DEFAULT_LIMITS, PictureLimits
+from framecap.model.pictures import Decode
+from framecap.model.resample import Pixels
 from framecap.pipeline.plan import Chunk, Piece, Range
 from framecap.schema import REUSE_ROWS, InputColumns
 from framecap.shards import mark_of, open_shard
@@ -39,8 +42,8 @@ class ReadOptions:
     columns: InputColumns
     resolution: int
     seed: int
-    decode: str = "exact"
-    max_pixels: int = 178_956_970
+    decode: Decode = "exact"
+    limits: PictureLimits = DEFAULT_LIMITS
     fetch_threads: int = 8
     fetch_retries: int = 3
     share_identical: bool = True
@@ -187,6 +190,7 @@ class _ChunkBuilder:
     def __init__(self, pieces: Chunk, options: ReadOptions, fetchers: ThreadPoolExecutor) -> None:
         self.frames = ChunkFrames(pieces)
         self._options, self._fetchers = options, fetchers
+        self._decoder = shared_decoder(options.limits)
         size = options.resolution
         rows = sum(piece.stop - piece.start for piece in pieces)
         self._pixels: Pixels = np.empty((rows, size, size, 3), np.uint8)
@@ -243,14 +247,11 @@ class _ChunkBuilder:
             return known
         begun = time.perf_counter()
         slot = len(self.frames.digests)
-        options = self._options
         try:
-            self._pixels[slot] = crop_and_resize(data, options.resolution, options.decode, options.max_pixels)  # type: ignore[arg-type]
+            self._pixels[slot] = self._decoder.crop_and_resize(data, self._options.resolution, self._options.decode)
         except FrameError as error:
             self._known[digest] = str(error)
             return error.with_traceback(None)  # which would keep the whole batch alive
-        except Exception as error:  # a decoder's own mistake is this frame's fault, not the shard's
-            return FrameError("not_an_image", f"{type(error).__name__}: {str(error)[:200]}")
         finally:
             self.frames.decode_s += time.perf_counter() - begun
         self._known[digest] = slot

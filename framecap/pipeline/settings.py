@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from framecap.model.picture_limits import DEFAULT_LIMITS, PictureLimits
 from framecap.schema import InputColumns
 from framecap.settings import JobSettings, Seconds, StringList
 
@@ -71,7 +72,14 @@ class CaptionSettings(JobSettings):
     threads: int = Field(1, ge=1, description="torch threads of an actor on the CPU")
     batch_size: int | None = Field(None, ge=1, description="frames per batch (none: 1024 GPU, 64 CPU)")
     decode: Literal["exact", "fast"] = Field("exact", description="exact pixels, or the JPEG decoder's scaling")
-    max_pixels: int = Field(178_956_970, ge=1, description="larger pictures are refused")
+    max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="larger pictures are refused")
+    max_image_bytes: int = Field(DEFAULT_LIMITS.max_bytes, ge=1, description="larger files of one picture are refused")
+    max_decode_bytes: int = Field(
+        DEFAULT_LIMITS.max_held_bytes, ge=1, description="pictures that take more memory to decode are refused"
+    )
+    decode_timeout: Seconds = Field(
+        DEFAULT_LIMITS.seconds, gt=0, description="a picture that takes longer to decode is an error of its row"
+    )
     fetch_threads: int = Field(8, ge=1, description="parallel fetches of image_uri per reader")
     fetch_retries: int = Field(3, ge=0, description="repeated tries of a fetch that failed")
 
@@ -100,3 +108,8 @@ class CaptionSettings(JobSettings):
         keep = () if keep == ("none",) else keep
         video = self.video_column if self.reuse_similarity is not None else None
         return InputColumns(self.id_column, self.image_column, self.image_uri_column, keep, video)
+
+    @property
+    def limits(self) -> PictureLimits:
+        """What one picture may cost."""
+        return PictureLimits(self.max_pixels, self.max_image_bytes, self.max_decode_bytes, self.decode_timeout)
