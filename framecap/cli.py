@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from framecap import __version__
-from framecap.errors import FramecapError, SettingsError
+from framecap.errors import FramecapError, SettingsError, StoreUnavailableError
 from framecap.storage import MANIFEST, is_local, join, manifest_files, read_bytes
 
-EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED, EXIT_RUN_AGAIN, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
 _REMOTE = "Folders may be URIs (s3://, gs://, abfs://); FRAMECAP_STORAGE_OPTIONS holds their backend's options as JSON."
 
 
@@ -28,7 +28,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit code is 0, 1 (`verify` found faults), 2 (settings) or 3 (some inputs failed).
+    """Run one subcommand; the exit code is 0, 1 (`verify` found faults), 2 (settings), 3 (some inputs failed) or
+    75 (a store did not answer: run again).
 
     ``framecap run`` has the exit codes of the caption job, see ``pipeline/run.py``.
     """
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     except (FramecapError, OSError) as error:
         print(f"framecap: {error}", file=sys.stderr)
-        return EXIT_SETTINGS
+        return EXIT_RUN_AGAIN if isinstance(error, StoreUnavailableError) else EXIT_SETTINGS
 
 
 def command_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -22,6 +22,10 @@ class BackendError(StorageError):
     """A storage backend raised an error of its own kind (botocore, aiohttp, google, azure): an ``OSError`` here."""
 
 
+class StoreUnavailableError(StorageError):
+    """A store did not answer, for minutes: nothing need be wrong with the settings (exit 75: run again)."""
+
+
 class CaptionerError(FramecapError):
     """A captioner directory cannot be used as it stands."""
 

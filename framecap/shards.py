@@ -16,6 +16,7 @@ from fsspec.utils import stringify_path
 from framecap.errors import BackendError, SettingsError, ShardError, StorageError
 from framecap.schema import SHARD_SUFFIX
 from framecap.storage import backend_errors, is_local, join, mark, open_fs
+from framecap.stores import failure_kind
 
 _MAGIC = frozenset("*?[")
 _READ_BUFFER = 1 << 20  # column chunks are streamed in pieces of this size, whatever the row group's size
@@ -145,14 +146,15 @@ def absolute(uri: str) -> str:
 
 
 def open_shard(root: str, shard: str) -> pq.ParquetFile:
-    """Open a shard for streaming. Raises ``ShardError`` (``unreadable``) if it is not a whole Parquet file."""
+    """Open a shard for streaming. Raises ``ShardError``: ``unreadable`` if it is not a whole Parquet file,
+    ``unavailable`` if its store does not answer."""
     uri = join(root, shard)
     fs, path = open_fs(uri)
     try:
         source = path if is_local(uri) else fs.open(path, "rb", block_size=4 << 20, cache_type="readahead")
         return pq.ParquetFile(source, buffer_size=_READ_BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardError("unreadable", _short(error)) from error
+        raise ShardError(failure_kind(error, "unreadable"), _short(error)) from error
 
 
 def _short(error: BaseException) -> str:

@@ -9,7 +9,6 @@ a flat object for the object store in use. Knows nothing of shards, captions or 
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -20,16 +19,23 @@ import tempfile
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from framecap.errors import BackendError, ChecksumError, FramecapError, MissingFileError, SettingsError, StorageError
+from framecap import stores
+from framecap.errors import (
+    BackendError,
+    ChecksumError,
+    MissingFileError,
+    SettingsError,
+    StorageError,
+    StoreUnavailableError,
+)
 
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
@@ -114,8 +120,10 @@ def _by_scheme(options: dict[str, Any]) -> bool:
     return bool(schemes)
 
 
-def open_fs(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_fs(uri: str | os.PathLike[str], patience: float | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that holds ``uri``, and the path of ``uri`` in it.
+
+    A remote one that fails for the moment is asked again for ``patience`` seconds (None: ``stores.PATIENCE``).
 
     Raises:
         StorageError: no backend is installed for the URI's scheme.
@@ -132,42 +140,10 @@ def open_fs(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
         raise StorageError(f"{text}: no storage backend for {scheme}:// is installed; {fix}") from error
     except ValueError as error:
         raise StorageError(f"{text}: {error}; use a path, s3://, gs:// or abfs://") from error
-    return (fs if is_local(text) else cast(fsspec.AbstractFileSystem, _Guarded(fs))), path
-
-
-class _Guarded:
-    """A backend's file system, or a file of it, whose errors are all ``OSError``: what is no ``OSError`` of Python's
-    becomes a ``BackendError``, so that nobody else needs to know the libraries below fsspec."""
-
-    def __init__(self, guarded: Any) -> None:
-        self._guarded = guarded
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._guarded, name)
-        return functools.partial(_call, value) if callable(value) else value
-
-    def __enter__(self) -> Self:
-        self._guarded.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _call(self._guarded.__exit__, kind, error, trace)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._guarded)
-
-
-def _call(method: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    try:
-        result = method(*arguments, **keywords)
-    except (OSError, FramecapError):
-        raise
-    except Exception as error:  # see _Guarded
-        text = " ".join(str(error).split())[:200]
-        raise BackendError(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
-    return _Guarded(result) if hasattr(result, "read") and hasattr(result, "seek") else result
+    if is_local(text):
+        return fs, path
+    guarded = stores.Guarded(fs, stores.PATIENCE if patience is None else patience)
+    return cast(fsspec.AbstractFileSystem, guarded), path
 
 
 def check_endpoint(uri: str, seconds: float = 5.0) -> None:
@@ -175,7 +151,8 @@ def check_endpoint(uri: str, seconds: float = 5.0) -> None:
     Without an endpoint of its own, or behind a proxy, nothing is tried.
 
     Raises:
-        StorageError: nothing answers there.
+        StorageError: there is no such host.
+        StoreUnavailableError: nothing answers there.
     """
     options = options_for(uri)
     endpoint = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
@@ -191,7 +168,10 @@ def check_endpoint(uri: str, seconds: float = 5.0) -> None:
         port = parts.port or {"https": 443}.get(scheme, 80)
         socket.create_connection((host, port), timeout=seconds).close()
     except (OSError, ValueError) as error:
-        raise StorageError(f"{uri}: the endpoint {endpoint} cannot be reached ({error}); check endpoint_url") from error
+        known = isinstance(error, OSError) and not isinstance(error, socket.gaierror)
+        raise (StoreUnavailableError if known else StorageError)(
+            f"{uri}: the endpoint {endpoint} cannot be reached ({error}); check endpoint_url"
+        ) from error
 
 
 @contextmanager
@@ -215,6 +195,20 @@ def exists(uri: str | os.PathLike[str]) -> bool:
     """Whether a file or folder is at ``uri``."""
     fs, path = open_fs(uri)
     return bool(fs.exists(path))
+
+
+def answers(uri: str | os.PathLike[str]) -> bool:
+    """Whether the store of ``uri`` answers now; a local one always does."""
+    if is_local(uri):
+        return True
+    fs, path = open_fs(uri, patience=0)
+    try:
+        fs.exists(path)
+    except StoreUnavailableError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
@@ -263,7 +257,13 @@ def write_bytes_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
         with atomic_path(fs, path) as target:
             fs.pipe_file(target, data)
     except OSError as error:
-        raise StorageError(f"{os.fspath(uri)} cannot be written: {error}") from error
+        raise naming(error, f"{os.fspath(uri)} cannot be written") from error
+
+
+def naming(error: OSError, text: str) -> StorageError:
+    """``error`` as a ``StorageError`` that begins with ``text``, and stays one of a store that does not answer."""
+    kind = StoreUnavailableError if isinstance(error, StoreUnavailableError) else StorageError
+    return kind(f"{text}: {error}")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -98,12 +98,12 @@ def test_pack_reads_from_s3_and_writes_to_it(bucket: str, tmp_path: Path, places
 @pytest.mark.parametrize(
     "mistake",
     [
-        ("{}", "credentials"),
-        ('{"endpoint_url": "http://127.0.0.1:9"}', "endpoint http://127.0.0.1:9 cannot be reached"),
+        ("{}", "credentials", 2),
+        ('{"endpoint_url": "http://127.0.0.1:9"}', "endpoint http://127.0.0.1:9 cannot be reached", 75),
     ],
 )
 def test_a_bucket_that_cannot_be_reached_is_one_line_of_every_command(
-    mistake: tuple[str, str],
+    mistake: tuple[str, str, int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -112,7 +112,7 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_of_every_command(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    options, said = mistake
+    options, said, code = mistake
     monkeypatch.setenv("FRAMECAP_STORAGE_OPTIONS", options)
     local = write_dataset(tmp_path, 3)
     (tmp_path / "frame.jpg").write_bytes(picture(0, (40, 30)))
@@ -124,7 +124,7 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_of_every_command(
         ["report", "s3://b/out"],
         ["check", "s3://b/captioner"],
     ):
-        assert main(argv) == 2
+        assert main(argv) == code
         error = capsys.readouterr().err
         assert said in error.replace(str(tmp_path), "")
         assert error.count("\n") == 1

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
-from shards import caption, shard_table, without_ray
+from shards import caption, shard_table, without_ray, write_shards
 
-from framecap.pipeline import publish
+from framecap import stores
+from framecap.errors import StorageError, StoreUnavailableError
+from framecap.pipeline import fragments, publish
 from framecap.pipeline.fragments import list_fragments
 from framecap.pipeline.plan import Piece
 from framecap.pipeline.read import _ShardStream
+from framecap.pipeline.run import main
 from framecap.pipeline.summary import Summary
 from framecap.shards import open_shard
 
@@ -55,6 +60,7 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
 
     for operation in OPERATIONS:
         monkeypatch.setattr(MemoryFileSystem, operation, failing(operation, getattr(MemoryFileSystem, operation)))
+    monkeypatch.setattr("framecap.stores.PATIENCE", 0.0)
     monkeypatch.setattr("framecap.pipeline.fragments._RETRY_WAITS", (0.0, 0.0))
     monkeypatch.setattr("framecap.pipeline.read._RETRY_WAITS", (0.0,) * 5)
     for name in "abc":
@@ -83,8 +89,9 @@ def test_a_shard_that_cannot_be_reached_fails_alone(outage: Outage, operation: s
     outage.fails = fails
     summary = run(tiny_captioner_dir)
     assert outage.calls
-    assert (summary.exit_code, list(summary.failed_shards)) == (3, ["b.parquet"])
-    assert "unreadable" in summary.failed_shards["b.parquet"]
+    assert (summary.exit_code, list(summary.failed_shards)) == (75, ["b.parquet"])
+    assert summary.failed_shards["b.parquet"].startswith("unavailable: ")
+    assert "run the same command again" in summary.failed_shards["b.parquet"]
     assert published() == ["a.parquet", "c.parquet"]
     outage.fails = lambda operation, path: False
     assert run(tiny_captioner_dir).exit_code == 0
@@ -155,16 +162,16 @@ def test_a_fragment_that_cannot_be_written_costs_its_shard(outage: Outage, tiny_
         return path == seen[0]
 
     summary = run(tiny_captioner_dir)
-    assert (summary.exit_code, summary.captioned_rows) == (3, 15)
-    assert summary.failed_shards["a.parquet"].startswith("unwritable: ")
+    assert (summary.exit_code, summary.captioned_rows) == (75, 15)
+    assert summary.failed_shards["a.parquet"].startswith("unavailable: ")
     assert published() == ["b.parquet", "c.parquet"]
 
 
 def test_a_shard_that_cannot_be_published_keeps_its_fragments(outage: Outage, tiny_captioner_dir: Path) -> None:
     outage.fails = lambda operation, path: operation == "put_file" and path.endswith("/out/b.parquet")
     summary = run(tiny_captioner_dir)
-    assert (summary.exit_code, summary.published_shards) == (3, 2)
-    assert summary.failed_shards["b.parquet"].startswith("unwritable: ")
+    assert (summary.exit_code, summary.published_shards) == (75, 2)
+    assert summary.failed_shards["b.parquet"].startswith("unavailable: ")
     outage.fails = lambda operation, path: False
     again = run(tiny_captioner_dir)
     assert (again.exit_code, again.captioned_rows, again.recovered_rows) == (0, 0, 6)
@@ -200,5 +207,99 @@ def test_a_state_that_cannot_be_tidied_is_tidied_by_the_next_run(outage: Outage,
 def test_a_run_whose_summary_cannot_be_written_ends_as_it_ended(outage: Outage, tiny_captioner_dir: Path) -> None:
     outage.fails = lambda operation, path: operation == "pipe_file" and not path.endswith("/lock")
     summary = run(tiny_captioner_dir)
-    assert (summary.exit_code, len(summary.failed_shards)) == (3, 3)
+    assert (summary.exit_code, len(summary.failed_shards)) == (75, 3)
     assert any(path.endswith("/summary.json") for _, path in outage.calls)
+
+
+def test_a_store_that_is_out_stops_the_run_instead_of_costing_every_shard(
+    outage: Outage, tiny_captioner_dir: Path
+) -> None:
+    """Once a fragment cannot be written and OUT does not answer, nothing more is captioned."""
+    outage.fails = lambda operation, path: path.startswith("/out") and not path.endswith("/lock") and is_out(path)
+    seen: list[str] = []
+
+    def is_out(path: str) -> bool:
+        seen.extend([path] if path.endswith(".fragment") else [])
+        return bool(seen)
+
+    summary = run(tiny_captioner_dir)
+    assert (summary.exit_code, summary.captioned_rows, len(summary.failed_shards)) == (75, 0, 1)
+    assert summary.stopped is not None
+    assert "the store of memory://out does not answer" in summary.stopped
+    outage.fails = lambda operation, path: False
+    assert run(tiny_captioner_dir).exit_code == 0
+    assert published() == ["a.parquet", "b.parquet", "c.parquet"]
+
+
+@pytest.mark.parametrize("place", ["/in", "/out", "/out/_framecap/ledger.jsonl"])
+def test_a_store_that_is_out_before_the_start_says_run_again(
+    outage: Outage, place: str, tiny_captioner_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_captioner_dir)
+    outage.fails = lambda operation, path: path.startswith(place) and not path.endswith("/lock")
+    flags = ["--input-uri", "memory://in", "--output-uri", "memory://out", "--captioner", str(tiny_captioner_dir)]
+    assert main(flags) == 75
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "run the same command again" in line
+
+
+def test_a_full_disk_stops_the_run_before_more_is_captioned(
+    tmp_path: Path, tiny_captioner_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "in", shards=3, rows=6)
+    write = fragments.write_bytes_atomic
+
+    def full(uri: str, data: bytes) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise StorageError(f"{uri} cannot be written: {error}") from error
+
+    monkeypatch.setattr(fragments, "write_bytes_atomic", full)
+    summary = caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, batch_size=3)
+    assert (summary.exit_code, summary.captioned_rows, len(summary.failed_shards)) == (75, 0, 1)
+    assert summary.stopped is not None
+    assert "no space is left" in summary.stopped
+    monkeypatch.setattr(fragments, "write_bytes_atomic", write)
+    assert caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, batch_size=3).exit_code == 0
+
+
+def test_a_store_that_slows_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowDownError(Exception):
+        response: ClassVar = {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}
+
+    waited: list[float] = []
+    monkeypatch.setattr(stores.time, "monotonic", lambda: sum(waited))
+    monkeypatch.setattr(stores.time, "sleep", waited.append)
+
+    class Store:
+        def cat_file(self, path: str) -> bytes:
+            if sum(waited) < 120:
+                raise OSError(errno.EBUSY, "Please reduce your request rate.") from SlowDownError()
+            return b"at last"
+
+        def ls(self, path: str) -> list[str]:
+            raise SlowDownError
+
+    assert stores.Guarded(Store(), stores.PATIENCE).cat_file("/a") == b"at last"
+    assert 120 <= sum(waited) <= stores.PATIENCE
+    waited.clear()
+    store = Store()
+    guarded = stores.Guarded(store, stores.PATIENCE)
+    with pytest.raises(StoreUnavailableError, match="run the same command again"):
+        guarded.ls("/a")
+    assert 120 <= sum(waited) <= stores.PATIENCE
+    before = sum(waited)
+    with pytest.raises(StoreUnavailableError):
+        guarded.ls("/a")
+    assert sum(waited) == before, "it has been waited for already"
+
+
+@pytest.mark.parametrize("error", [PermissionError("403"), FileNotFoundError("404"), FileExistsError("412")])
+def test_an_answer_is_no_outage(error: OSError) -> None:
+    class Store:
+        def info(self, path: str) -> dict[str, str]:
+            raise error
+
+    with pytest.raises(type(error)):
+        stores.Guarded(Store(), 60.0).info("/a")

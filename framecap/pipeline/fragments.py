@@ -18,6 +18,7 @@ from framecap.errors import StorageError
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.plan import Chunk, Piece
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
+from framecap.stores import failure_kind
 
 log = logging.getLogger(__name__)
 _RETRY_WAITS = (1.0, 5.0, 25.0)  # seconds
@@ -62,7 +63,7 @@ def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Ta
             write_bytes_atomic(join(folder, name), sink.getvalue())
             break
         except StorageError as error:
-            if wait is None:
+            if wait is None or failure_kind(error, "") == "no_space":
                 raise
             log.warning("fragment %s cannot be written (%s); trying again in %.0f s", name, error, wait)
             host.sleep(wait)

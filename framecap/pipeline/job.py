@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 import framecap
-from framecap.errors import FramecapError, SettingsError, StorageError
+from framecap.errors import FramecapError, SettingsError, StorageError, StoreUnavailableError
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.images import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip_layout import RuClipConfig
@@ -236,5 +236,7 @@ def _check_writable(flag: str, uri: str) -> None:
         fs.ls(path)
     except FileNotFoundError:
         return
+    except StoreUnavailableError:
+        raise
     except Exception as error:  # see above
         raise SettingsError(f"{flag} {uri} cannot be reached: {error}") from error

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from framecap.errors import LockedError, StorageError
 from framecap.pipeline.host import THIS_HOST, Background, Host
-from framecap.storage import is_local, open_fs, read_bytes, write_bytes_atomic
+from framecap.storage import is_local, naming, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
 _NO_FILE_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}  # network and FUSE mounts
@@ -149,7 +149,7 @@ class OutputLock:
         except OSError:
             holder = None
         if holder is None and not isinstance(error, FileExistsError):
-            raise StorageError(f"{self._uri} cannot be written: {error}") from error
+            raise naming(error, f"{self._uri} cannot be written") from error
         return holder is not None and self._is_mine(holder)
 
     def _remove(self, holder: dict[str, Any] | None) -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from framecap.errors import ShardError
+from framecap.errors import ShardError, StoreUnavailableError
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
@@ -169,7 +169,10 @@ def _published(output_uri: str, outputs: dict[str, str], ledger: Ledger, host: H
 
 
 def read_output_footer(output_uri: str, shard: str, mark: str) -> LedgerEntry | None:
-    """What a published caption shard says of itself; None if framecap did not write it (or not whole)."""
+    """What a published caption shard says of itself; None if framecap did not write it (or not whole).
+
+    Raises ``StoreUnavailableError``.
+    """
     try:
         with open_shard(output_uri, shard) as file:
             metadata = file.metadata.metadata or {}
@@ -181,7 +184,11 @@ def read_output_footer(output_uri: str, shard: str, mark: str) -> LedgerEntry | 
                 fingerprint=metadata[META_FINGERPRINT].decode(),
                 mark=mark,
             )
-    except (ShardError, KeyError, ValueError):
+    except ShardError as error:
+        if error.kind == "unavailable":
+            raise StoreUnavailableError(error.message) from error
+        return None
+    except (KeyError, ValueError):
         return None
 
 

@@ -26,6 +26,7 @@ from framecap.pipeline.plan import Chunk, Range, ShardPlan
 from framecap.schema import STATUS_ERROR, InputColumns, output_metadata, output_schema
 from framecap.shards import mark_of, open_shard
 from framecap.storage import atomic_path, is_local, join, open_fs
+from framecap.stores import failure_kind
 
 log = logging.getLogger(__name__)
 _GROUP_ROWS = 16_384
@@ -151,7 +152,7 @@ class Publisher:
             except ShardError as error:
                 self.fail(shard, error)
             except OSError as error:  # a full disk, a store that refuses
-                self.fail(shard, ShardError("unwritable", f"{type(error).__name__}: {error}"))
+                self.fail(shard, ShardError(failure_kind(error, "unwritable"), f"{type(error).__name__}: {error}"))
                 log.error("%s cannot be published (%s); its fragments are kept for the next run", shard, error)
             else:
                 self._ledger.append(entry)
@@ -231,7 +232,7 @@ class _Cursor:
                 try:
                     batch = next(self._batches, None)
                 except (pa.ArrowException, OSError) as error:  # pyarrow calls a damaged page an OSError
-                    raise ShardError("unreadable", str(error)[:300]) from error
+                    raise ShardError(failure_kind(error, "unreadable"), str(error)[:300]) from error
                 if batch is None:
                     raise ShardError("unreadable", f"{rows} rows fewer than its footer promised")
                 self._held = pa.Table.from_batches([batch]).select(self._schema.names)

@@ -29,6 +29,7 @@ from framecap.pipeline.plan import Chunk, Piece, Range
 from framecap.schema import REUSE_ROWS, InputColumns
 from framecap.shards import mark_of, open_shard
 from framecap.storage import join, open_fs
+from framecap.stores import failure_kind
 
 _READ_ROWS = 32  # frames decoded per record batch: 32 of 200 KB are 6 MB
 _RETRY_WAITS = (0.2, 1.0, 3.0, 5.0, 10.0)
@@ -121,7 +122,11 @@ def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> S
         except (ShardError, pa.ArrowException, OSError, ValueError) as error:
             builder.rewind(before)
             stream.close()
-            final = error if isinstance(error, ShardError) else ShardError("unreadable", str(error)[:300])
+            final = (
+                error
+                if isinstance(error, ShardError)
+                else ShardError(failure_kind(error, "unreadable"), str(error)[:300])
+            )
             if isinstance(error, ShardError) and error.kind == "changed":
                 break
             time.sleep(_RETRY_WAITS[attempt])
@@ -291,7 +296,7 @@ def fetch(uri: str, folder: str, retries: int) -> bytes | FrameError:
     target = uri if "://" in uri or uri.startswith("/") else join(folder, uri)
     for attempt in range(retries + 1):
         try:
-            fs, path = open_fs(target)
+            fs, path = open_fs(target, patience=0)  # tried again below
             return bytes(fs.cat_file(path))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return FrameError("missing", f"{target} does not exist")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 
-from framecap.errors import CaptionerError, LockedError, NoProgressError, SettingsError, StorageError
+from framecap.errors import FramecapError, LockedError
+from framecap.pipeline.exits import EXIT_DONE, EXIT_FAILED, EXIT_WORK_LEFT, RUN_AGAIN_KINDS, exit_code_of
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.job import Job, Resources, prepare
@@ -24,10 +25,9 @@ from framecap.pipeline.stops import StopRun, Stops
 from framecap.pipeline.summary import Summary, write_summary
 from framecap.pipeline.sweep import prune, sweep_temporary_files
 from framecap.shards import list_shards
+from framecap.storage import answers
 
 log = logging.getLogger(__name__)
-
-EXIT_DONE, EXIT_CRASHED, EXIT_SETTINGS, EXIT_FAILED, EXIT_WORK_LEFT = 0, 1, 2, 3, 75
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -38,18 +38,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         return run(CaptionSettings.from_command_line(argv, prog)).exit_code
-    except (SettingsError, CaptionerError, StorageError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_SETTINGS
-    except NoProgressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CRASHED
-    except LockedError as error:
-        print(f"locked: {error}", file=sys.stderr)
-        return EXIT_WORK_LEFT
-    except KeyboardInterrupt:  # the second Ctrl-C
+    except KeyboardInterrupt as error:  # the second Ctrl-C
         print("ended at once; what is finished is kept: run the same line again for the rest", file=sys.stderr)
-        return EXIT_WORK_LEFT
+        return exit_code_of(error)
+    except (FramecapError, PermissionError) as error:
+        kind = "locked" if isinstance(error, LockedError) else "error"
+        print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+        return exit_code_of(error)
 
 
 def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream | None = None) -> Summary:
@@ -77,16 +72,18 @@ def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream 
         claim_state(job.output_uri, job.state_uri)
         job = job.sized_for(resources) if resources is not None else job
         publisher = Publisher(job.places, plan.todo, ledger, plan.later, host)
+        failure: BaseException | None = None
         try:
             _caption_and_publish(job, stream, resources, plan, publisher, summary, stops)
         except BaseException as error:
+            failure = error
             summary.stopped = f"{type(error).__name__}: {str(error)[:500]}"
             raise
         finally:
             publisher.finish()
             if not lock.lost:  # else the files of the other run are in these places
                 _tidy(job, plan, publisher, summary, ledger)
-            summary.end(publisher, _exit_code(settings, summary, publisher))
+            summary.end(publisher, _exit_code(settings, summary, publisher, failure))
             try:
                 where = write_summary(job, summary)
             except OSError as error:  # the exit code says how the run ended, not how its report did
@@ -161,9 +158,22 @@ def _caption_and_publish(
                 publisher.collect()
                 if summary.error_rate_exceeded(job.settings):
                     raise StopRun("more rows fail than --max-error-rate allows")
+                _check_places(job, publisher)
         except StopRun as stop:
             summary.stopped = str(stop)
             log.warning("stopping: %s", stop)
+
+
+def _check_places(job: Job, publisher: Publisher) -> None:
+    """Raise ``StopRun`` when captions cannot be written any more, or a store does not answer: whatever else is
+    captioned would be lost."""
+    for error in publisher.done.failed.values():
+        if error.kind == "no_space":
+            raise StopRun(f"no space is left ({error.message}); free some, and run the same command again")
+        if error.kind == "unavailable":
+            for uri in (job.output_uri, job.state_uri, job.source.root):
+                if not answers(uri):
+                    raise StopRun(f"the store of {uri} does not answer; run the same command again")
 
 
 def _take_up_fragments(job: Job, plan: Plan, publisher: Publisher) -> int:
@@ -193,13 +203,14 @@ def _take_up_fragments(job: Job, plan: Plan, publisher: Publisher) -> int:
     return rows
 
 
-def _exit_code(settings: CaptionSettings, summary: Summary, publisher: Publisher) -> int:
-    if summary.plan_failed or publisher.done.failed or summary.error_rate_exceeded(settings, least_rows=1):
-        code = EXIT_FAILED
-    else:
-        code = EXIT_DONE
-    if sys.exc_info()[0] is not None:
-        code = EXIT_CRASHED
-    elif publisher.unfinished and not summary.error_rate_exceeded(settings):
-        code = EXIT_WORK_LEFT
-    return code
+def _exit_code(settings: CaptionSettings, summary: Summary, publisher: Publisher, failure: BaseException | None) -> int:
+    """How the run ended; ``failure`` is what broke it off."""
+    failed = [*summary.plan_failed.values(), *map(str, publisher.done.failed.values())]  # "kind: message"
+    too_many = summary.error_rate_exceeded(settings)
+    if failure is not None:
+        return exit_code_of(failure)
+    if (publisher.unfinished and not too_many) or any(text.partition(":")[0] in RUN_AGAIN_KINDS for text in failed):
+        return EXIT_WORK_LEFT
+    if failed or summary.error_rate_exceeded(settings, least_rows=1):
+        return EXIT_FAILED
+    return EXIT_DONE

@@ -26,6 +26,7 @@ from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.schema import EMBEDDING_COLUMN, caption_schema
+from framecap.stores import failure_kind
 
 RECORD_SCHEMA = pa.schema([("record", pa.binary())])
 
@@ -62,7 +63,9 @@ class CaptionActor:
             try:
                 name = write_fragment(self._options.folder, pieces, self._options.fingerprint, table)
             except OSError as error:  # these rows are lost to this run; the others, and other shards, go on
-                failed = failed | {p.shard: ShardError("unwritable", str(error)[:300]) for p in pieces}
+                failed = failed | {
+                    p.shard: ShardError(failure_kind(error, "unwritable"), str(error)[:300]) for p in pieces
+                }
                 pieces, captions, reused = (), [], []
         record = ChunkRecord(
             fragment=name,

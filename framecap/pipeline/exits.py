@@ -1,0 +1,17 @@
+"""Exit codes of the job: what a scheduler should think of how a run ended."""
+
+from __future__ import annotations
+
+from framecap.errors import CaptionerError, LockedError, SettingsError, StorageError, StoreUnavailableError
+
+EXIT_DONE, EXIT_CRASHED, EXIT_SETTINGS, EXIT_FAILED, EXIT_WORK_LEFT = 0, 1, 2, 3, 75
+RUN_AGAIN_KINDS = frozenset({"unavailable", "no_space"})  # of a ``ShardError``: nothing is wrong with the shard
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a run that ``error`` ended."""
+    if isinstance(error, LockedError | StoreUnavailableError | KeyboardInterrupt):
+        return EXIT_WORK_LEFT
+    if isinstance(error, SettingsError | CaptionerError | StorageError | PermissionError):
+        return EXIT_SETTINGS
+    return EXIT_CRASHED
