@@ -97,6 +97,13 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=report.run)
 
 
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    from framecap import status
+
+    status.add_arguments(parser)
+    parser.set_defaults(run=status.run)
+
+
 def _pairs_arguments(parser: argparse.ArgumentParser) -> None:
     from framecap import pairs
 
@@ -207,6 +214,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "pack": ("images, folders or video files → frame shards", _pack_arguments),
     "verify": ("prove that every frame of IN is in OUT once, in order", _verify_arguments),
     "report": ("one self-contained report.html of a run", _report_arguments),
+    "status": ("how far an output is, what failed, who works on it", _status_arguments),
     "pairs": ("image-caption pairs of many forms → Parquet for training", _pairs_arguments),
     "search": ("frames of an output that fit a query in words", _search_arguments),
 }

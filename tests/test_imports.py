@@ -28,6 +28,7 @@ LAYERS = [
         "notebook",
         "importance",
         "search",
+        "status",
         "pairs",
     },
     {"demo"},

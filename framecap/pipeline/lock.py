@@ -206,6 +206,12 @@ class OutputLock:
         return f"run {holder.get('run_id', '?')} (host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, {beat})"
 
 
+def holder_of(uri: str, host: Host = THIS_HOST) -> str | None:
+    """Who holds the lock at ``uri``, in words; None if nobody does."""
+    holder = _read(uri)
+    return None if holder is None else OutputLock(uri, "", 0.0, host)._describe(holder)
+
+
 def _create_file(path: Path, content: bytes) -> None:
     """Create ``path``, which must not exist. A reader may see it before its content: that is a lock of age 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
