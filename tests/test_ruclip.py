@@ -306,6 +306,14 @@ def test_a_checkpoint_without_an_image_tower_is_refused(tmp_path: Path) -> None:
         RuClip.from_prototype(tmp_path / "gpt.pt")
 
 
+def test_a_tokenizer_that_outgrows_the_text_tower_is_refused(tmp_path: Path) -> None:
+    tokenizer = YttmTokenizer.from_file(B32 / "bpe.model")
+    config = RuClipConfig.from_file(B32 / "config.json")
+    RuClip.from_config(replace(config, vocab_size=tokenizer.highest_id + 1), tokenizer)
+    with pytest.raises(CaptionerError, match="ids up to 699, beyond the text tower's vocab_size 699"):
+        RuClip.from_config(replace(config, vocab_size=tokenizer.highest_id), tokenizer)
+
+
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     key = "transformer.resblocks.1.attn.in_proj_bias"
     broken = with_changed_state(tmp_path / "c", lambda state: state.pop(key))

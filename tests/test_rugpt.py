@@ -26,6 +26,9 @@ from framecap.model.bpe import GptTokenizer
 from framecap.model.kv_cache import Window
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
+from framecap.model.weights import read_state_dict, write_state_dict
+
+DATA = Path(__file__).parent / "data"
 
 SHAPES = {
     "gelu_new": {},
@@ -218,6 +221,52 @@ def test_a_tokenizer_that_outgrows_the_embedding_is_refused(published: Path) -> 
     edit(published / "config.json", vocab_size=2000)
     with pytest.raises(CaptionerError, match=r"id 2000.*vocab_size 2000"):
         RuGpt.from_pretrained(published)
+
+
+def test_an_ordinary_token_beyond_the_embedding_is_refused_before_a_text_holds_it(published: Path) -> None:
+    state = {name: tensor for name, tensor in read_state_dict(published).items() if name != "lm_head.weight"}
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:1500].clone()
+    write_state_dict(published / "model.safetensors", state)
+    edit(published / "config.json", vocab_size=1500)
+    with pytest.raises(CaptionerError, match=r"has id 1999, beyond the decoder's vocab_size 1500"):
+        RuGpt.from_pretrained(published)
+
+
+def test_a_bos_beyond_the_embedding_is_refused_where_captions_begin_with_it(published: Path) -> None:
+    vocabulary = {f"[{token}]" if token == "<s>" else token: n for token, n in json.loads(
+        (published / "vocab.json").read_text()).items()}  # fmt: skip
+    (published / "vocab.json").write_text(json.dumps(vocabulary))
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        (published / name).unlink()
+    edit(published / "config.json", bos_token_id=50256)
+    RuGpt.from_pretrained(published)
+    with pytest.raises(CaptionerError, match="bos_token_id = 50256, beyond"):
+        RuGpt.from_pretrained(published, cross_attention=True)
+
+
+def test_padding_truncation_and_dropout_left_in_tokenizer_json_are_not_obeyed(published: Path) -> None:
+    """transformers saves with the vocabulary what the last padded call asked for."""
+    reference = AutoTokenizer.from_pretrained(published)
+    reference(["а", "б"], padding="max_length", max_length=12, truncation=True)
+    reference.save_pretrained(published)
+    for name in ("vocab.json", "merges.txt"):
+        (published / name).unlink(missing_ok=True)
+    saved = json.loads((published / "tokenizer.json").read_text())
+    assert saved["padding"]
+    assert saved["truncation"]
+    edit(published / "tokenizer.json", model=saved["model"] | {"dropout": 0.5})
+    tokenizer, fresh = GptTokenizer.from_pretrained(published), AutoTokenizer.from_pretrained(DATA / "rugpt3-tiny")
+    for text in ("кот", "Белая кошка сидит в поле и смотрит на дом у реки"):
+        assert tokenizer.encode(text) == fresh(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
+def test_damaged_tokenizer_files_are_one_clear_error(published: Path, name: str) -> None:
+    if name == "tokenizer.json":
+        (published / "vocab.json").unlink()
+    (published / name).write_text('{"а": ')
+    with pytest.raises(WeightsError, match="tokenizer files cannot be read"):
+        GptTokenizer.from_pretrained(published)
 
 
 def test_a_checkpoint_without_its_tokenizer_says_which_file_is_missing(published: Path) -> None:

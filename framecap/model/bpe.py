@@ -15,7 +15,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from framecap.errors import CaptionerError, MissingFileError
+from framecap.errors import CaptionerError, MissingFileError, WeightsError
 from framecap.model.weights import read_json
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -45,7 +45,11 @@ class GptTokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> GptTokenizer:
-        """Read the tokenizer files of ``directory``; MissingFileError when the vocabulary is not there."""
+        """Read the tokenizer files of ``directory``.
+
+        Raises MissingFileError when the vocabulary is not there, WeightsError when it is damaged, CaptionerError when
+        the files contradict each other.
+        """
         directory = Path(directory)
         options = _read_optional(directory / "tokenizer_config.json")
         tokenizer = _read_vocabulary(directory, bool(options.get("add_prefix_space", False)))
@@ -105,6 +109,11 @@ class GptTokenizer:
         index: int | None = self.tokenizer.token_to_id(token)
         return index
 
+    def highest(self) -> tuple[str, int]:
+        """The token with the highest id, and that id; ("", -1) for an empty vocabulary."""
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+
     def token_bytes(self) -> list[bytes]:
         """The bytes each id stands for, by id; empty for special tokens and unused ids."""
         table = _byte_of_letter()
@@ -135,15 +144,30 @@ def _read_optional(path: Path) -> dict[str, object]:
 
 
 def _read_vocabulary(directory: Path, add_prefix_space: bool) -> Tokenizer:
-    vocab, merges = directory / "vocab.json", directory / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        return _byte_level(BPE.from_file(str(vocab), str(merges)), add_prefix_space)
-    if (directory / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(directory / "tokenizer.json"))
+    vocab, merges, whole = (directory / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    try:
+        if vocab.is_file() and merges.is_file():
+            return _byte_level(BPE.from_file(str(vocab), str(merges)), add_prefix_space)
+        if whole.is_file():
+            return _encoding_alike(Tokenizer.from_file(str(whole)))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise WeightsError(f"{directory}: its tokenizer files cannot be read ({error}); fetch them again.") from error
     raise MissingFileError(
         f"{directory} holds neither vocab.json with merges.txt nor tokenizer.json; "
         "put the decoder's tokenizer files beside its weights."
     )
+
+
+def _encoding_alike(tokenizer: Tokenizer) -> Tokenizer:
+    """``tokenizer`` without what tokenizer.json keeps of the call before it was saved: padding, truncation, dropout.
+
+    transformers, too, pads and cuts only where a call asks for it.
+    """
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # of BPE training: it would encode a text differently each time
+    return tokenizer
 
 
 def _byte_level(model: BPE, add_prefix_space: bool) -> Tokenizer:

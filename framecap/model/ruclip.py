@@ -78,6 +78,11 @@ class RuClip(nn.Module):
     def __init__(self, config: RuClipConfig, tokenizer: YttmTokenizer | None = None) -> None:
         super().__init__()
         config.check("RuClipConfig")
+        if tokenizer is not None and config.transformer_layers and tokenizer.highest_id >= config.vocab_size:
+            raise CaptionerError(
+                f"bpe.model has ids up to {tokenizer.highest_id}, beyond the text tower's vocab_size "
+                f"{config.vocab_size}; tokenizer and weights do not belong together."
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.vision = CLIPVisionModelWithProjection(_vision_config(config))

@@ -79,22 +79,31 @@ class RuGptConfig:
 
 
 def with_tokenizer_ids(config: RuGptConfig, tokenizer: GptTokenizer, source: Path) -> RuGptConfig:
-    """Special ids as the tokenizer has them; a warning says where config.json differs."""
+    """Special ids as the tokenizer has them; a warning says where config.json differs.
+
+    Raises CaptionerError when a token lies beyond the embedding, or the bos with which cross-attention begins.
+    """
+    token, highest = tokenizer.highest()
+    if highest >= config.vocab_size:
+        spelling = tokenizer.decode([highest]) or token
+        raise CaptionerError(
+            f"{source}: token {spelling!r} has id {highest}, beyond the decoder's vocab_size {config.vocab_size}; "
+            "tokenizer and weights do not belong together."
+        )
     changes: dict[str, Any] = {}
     for role in ("bos", "eos", "pad"):
         field, index = f"{role}_token_id", tokenizer.special_id(f"{role}_token")
-        if index is None:
-            continue
-        if index >= config.vocab_size:
-            raise CaptionerError(
-                f"{source}: {role} token {tokenizer.special[f'{role}_token']!r} has id {index}, beyond the "
-                f"decoder's vocab_size {config.vocab_size}; tokenizer and weights do not belong together."
-            )
         stated = getattr(config, field)
-        if stated != index:
+        if index is not None and stated != index:
             logger.warning(
                 "%s: config.json says %s = %s, the tokenizer says %s; the tokenizer wins.",
                 source, field, stated, index,
             )  # fmt: skip
             changes[field] = index
-    return replace(config, **changes)
+    settled = replace(config, **changes)
+    if settled.cross_attention and (settled.bos_token_id or 0) >= settled.vocab_size:
+        raise CaptionerError(
+            f"{source}: config.json says bos_token_id = {settled.bos_token_id}, beyond the decoder's vocab_size "
+            f"{settled.vocab_size}, and the tokenizer names no bos token; mend one of the two."
+        )
+    return settled

@@ -73,6 +73,8 @@ class YttmTokenizer:
         try:
             char2id = {chr(numbers[i]): numbers[i + 1] for i in range(2, rules_at, 2)}
             merges = [(numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(rules_at, specials_at, 3)]
+            if any(token < 0 for token in (*char2id.values(), *(token for rule in merges for token in rule))):
+                raise ValueError("an id is negative")
             return cls(char2id, merges, SpecialIds(*numbers[specials_at:]))
         except (ValueError, OverflowError, KeyError) as error:
             raise WeightsError(f"{path} is not a YouTokenToMe model ({error!r}); fetch it again.") from error
@@ -82,6 +84,11 @@ class YttmTokenizer:
         """Number of ids: characters, merges and special tokens."""
         specials = (self.specials.unk, self.specials.pad, self.specials.bos, self.specials.eos)
         return len(self.char2id) + len(self.rules) + sum(token >= 0 for token in specials)
+
+    @property
+    def highest_id(self) -> int:
+        """The highest id that ``encode`` can give."""
+        return max(*self.char2id.values(), *(merged for _, _, merged in self.rules), self.specials.unk)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without ``<bos>`` and ``<eos>``; an empty list for blank text."""
