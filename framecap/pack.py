@@ -39,7 +39,7 @@ FRAME_SHARD_SCHEMA = pa.schema(
         ("image", pa.binary()),
     ]
 )
-_LEFT_OVER = re.compile(r"\.frames-\d{5,}\.parquet\.[0-9a-f]{32}\.tmp")
+_LEFT_OVER = re.compile(r"\.(frames-\d{5,}\.parquet|framecap)\.[0-9a-f]{32}\.tmp")
 _SHARD_NAME = re.compile(r"frames-\d{5,}\.parquet")
 _ROW_GROUP_BYTES = 16 * 1024 * 1024
 _READ_AHEAD = 16

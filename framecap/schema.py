@@ -62,6 +62,7 @@ META_FINGERPRINT = b"framecap.fingerprint"
 META_SOURCE = b"framecap.source"
 META_SIGNATURE = b"framecap.signature"
 META_ERRORS = b"framecap.error_rows"
+_OWN_METADATA = b"framecap."
 # Written by other tools about columns that a caption shard no longer has.
 _FOREIGN_METADATA = (b"pandas", b"huggingface", b"ARROW:schema")
 
@@ -104,7 +105,8 @@ class InputColumns:
             raise ShardError("wrong_type", f"{self.frame_id!r} is {id_type}; it must be string or integer")
         if self.image in names and not _is_image(image_type := schema.field(self.image).type):
             raise ShardError(
-                "wrong_type", f"{self.image!r} is {image_type}; it must be binary or struct<bytes, path>"
+                "wrong_type",
+                f"{self.image!r} is {image_type}; it must be binary or struct<bytes: binary, path: string>",
             )
         if self.image_uri in names and not _is_uri(uri_type := schema.field(self.image_uri).type):
             raise ShardError("wrong_type", f"{self.image_uri!r} is {uri_type}; it must be string")
@@ -114,11 +116,11 @@ class InputColumns:
             )
         if missing := [name for name in self.keep or () if name not in names]:
             raise ShardError("missing_column", f"no column {missing[0]!r} to keep; it has {_listed(schema)}")
-        if conflicts := sorted(set(self.kept(schema)) & set(added.names)):
-            raise ShardError(
-                "column_conflict",
-                f"column {conflicts[0]!r} is also written by framecap; leave it out of --keep-columns",
-            )
+        written = {name.casefold(): name for name in added.names}  # DuckDB and Spark ignore case
+        if conflicts := sorted(name for name in self.kept(schema) if name.casefold() in written):
+            name = written[conflicts[0].casefold()]
+            also = "also written by framecap" if name == conflicts[0] else f"but for its case {name!r} of framecap"
+            raise ShardError("column_conflict", f"column {conflicts[0]!r} is {also}; leave it out of --keep-columns")
 
     def kept(self, schema: pa.Schema) -> list[str]:
         """The input columns that the output carries, in the input's order; the id is always among them."""
@@ -133,7 +135,11 @@ class InputColumns:
 
 def output_schema(source: pa.Schema, columns: InputColumns, added: pa.Schema) -> pa.Schema:
     """Schema of the caption shard that belongs to a frame shard: kept columns, then ``added``."""
-    metadata = {k: v for k, v in (source.metadata or {}).items() if k not in _FOREIGN_METADATA}
+    metadata = {
+        key: value
+        for key, value in (source.metadata or {}).items()
+        if key not in _FOREIGN_METADATA and not key.startswith(_OWN_METADATA)
+    }
     fields = [source.field(name) for name in columns.kept(source)] + list(added)
     return pa.schema(fields, metadata=metadata or None)
 
@@ -171,8 +177,8 @@ def _is_uri(kind: Any) -> bool:
 
 def _is_image(kind: Any) -> bool:
     if pa.types.is_struct(kind):
-        position = kind.get_field_index("bytes")
-        return position >= 0 and _is_binary(kind.field(position).type)
+        types = {kind.field(place).name: kind.field(place).type for place in range(kind.num_fields)}
+        return _is_binary(types.get("bytes", pa.int8())) and _is_uri(types.get("path", pa.null()))
     return _is_binary(kind) or pa.types.is_null(kind)
 
 

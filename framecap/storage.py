@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-import posixpath
+import re
 import shutil
 import socket
 import tempfile
@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from framecap import stores
 from framecap.errors import (
@@ -40,6 +41,8 @@ from framecap.errors import (
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
 MANIFEST = "manifest.json"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::[a-z0-9+.-]+://)")
+_LOCAL = ("file", "local")
 _BACKENDS = {"s3": "s3fs", "gcs": "gcsfs", "azure": "adlfs"}  # object store → package
 _EXTRAS = {  # scheme → the object store, which is also the name of framecap's extra
     "s3": "s3",
@@ -54,8 +57,8 @@ _EXTRAS = {  # scheme → the object store, which is also the name of framecap's
 
 def is_local(uri: str | os.PathLike[str]) -> bool:
     """Whether ``uri`` is a plain path or a ``file://`` URI."""
-    text = os.fspath(uri)
-    return "://" not in text or text.startswith(("file://", "local://"))
+    scheme = _SCHEME.match(os.fspath(uri))
+    return scheme is None or scheme[0] in _LOCAL
 
 
 def storage_options() -> dict[str, Any]:
@@ -121,7 +124,7 @@ def _by_scheme(options: dict[str, Any]) -> bool:
 
 
 def open_fs(uri: str | os.PathLike[str], patience: float | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that holds ``uri``, and the path of ``uri`` in it.
+    """The file system that holds ``uri``, and the path of ``uri`` in it; a local path is absolute.
 
     A remote one that fails for the moment is asked again for ``patience`` seconds (None: ``stores.PATIENCE``).
 
@@ -130,20 +133,41 @@ def open_fs(uri: str | os.PathLike[str], patience: float | None = None) -> tuple
         SettingsError: the storage options are not what ``options_for`` reads.
     """
     text = os.fspath(uri)
+    if is_local(text):  # not by fsspec, which takes "::" in a name for a chain of file systems
+        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(_local_path(text)))
     options = options_for(text)
     scheme = text.partition("://")[0]
     try:
-        fs, path = url_to_fs(text, **options)
+        if _is_chain(text):
+            fs, path = url_to_fs(text, **options)
+        else:
+            fs = fsspec.filesystem(scheme, **fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(text) | options)
+            path = fs._strip_protocol(text)
     except ImportError as error:
         store = _EXTRAS.get(scheme)
         fix = f"pip install {_BACKENDS[store]}" if store else "install its fsspec backend"
         raise StorageError(f"{text}: no storage backend for {scheme}:// is installed; {fix}") from error
     except ValueError as error:
         raise StorageError(f"{text}: {error}; use a path, s3://, gs:// or abfs://") from error
-    if is_local(text):
-        return fs, path
     guarded = stores.Guarded(fs, stores.PATIENCE if patience is None else patience)
     return cast(fsspec.AbstractFileSystem, guarded), path
+
+
+def _local_path(text: str) -> str:
+    """The path of a plain path or a ``file://`` URI. In the latter %XX is a byte (RFC 8089), unless a file has that
+    very name."""
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return text
+    path = text[len(scheme[0]) + len("://") :]
+    path = path.removeprefix("localhost") if path.startswith("localhost/") else path
+    return path if os.path.lexists(path) else urllib.parse.unquote(path, errors="surrogateescape")
+
+
+def _is_chain(text: str) -> bool:
+    """Whether ``text`` chains file systems (``zip://a.parquet::s3://b/c.zip``); else ``::`` is part of a name."""
+    first, *others = text.split("::")
+    return bool(others) and ("://" in others[0] or first in fsspec.available_protocols())
 
 
 def check_endpoint(uri: str, seconds: float = 5.0) -> None:
@@ -187,8 +211,13 @@ def backend_errors(uri: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
-    """``uri`` with ``parts`` below it, with forward slashes."""
-    return posixpath.join(os.fspath(uri).rstrip("/") or "/", *parts)
+    """``uri`` with ``parts`` below it, with forward slashes. A part may begin with one: keys of object stores do."""
+    return "/".join([os.fspath(uri).rstrip("/"), *parts])
+
+
+def absolute_uri(uri: str) -> str:
+    """``uri`` as every process understands it: a local path is made absolute, with the folder we are in."""
+    return str(open_fs(uri)[1]) if is_local(uri) else uri
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
@@ -224,6 +253,11 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
         raise MissingFileError(f"{os.fspath(uri)} does not exist; check the path") from error
 
 
+def temporary_name() -> str:
+    """A name for a file that is being written, hidden and of a fixed length: the target's own may have 255 bytes."""
+    return f".framecap.{uuid.uuid4().hex}.tmp"
+
+
 @contextmanager
 def atomic_path(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
     """A path to write to; on success the finished file appears at ``path`` in one step, else not at all.
@@ -236,7 +270,7 @@ def atomic_path(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(temporary_name())
     try:
         yield str(temporary)
         with temporary.open("rb") as file:

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from framecap import schema
 from framecap.errors import ShardError
 from framecap.pipeline.state import state_of
-from framecap.shards import list_input, list_output, open_shard
+from framecap.shards import Listing, as_shard_error, describe_names, is_hidden, list_input, list_output, open_shard
 from framecap.storage import check_endpoint, join, open_fs
+from framecap.verify_ids import IdCensus, find_ids
 from framecap.verify_rows import IdStream, compare_rows
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 FAULTS = {
     "missing_shard": "a frame shard without its caption shard",
     "extra_shard": "a caption shard without its frame shard",
+    "left_out": "a file that may hold frames, but is no shard by its name: rename it to *.parquet",
     "unreadable": "a shard that is not Parquet, is cut short, or lacks its columns",
     "missing_row": "a frame that has no caption row",
     "extra_row": "a caption row of no frame",
@@ -46,6 +48,7 @@ FAULTS = {
 }
 _BATCH = 16_384
 _LISTED = 20
+_EXAMPLES = 3
 _THREADS = 4
 
 
@@ -60,13 +63,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was compared and what is wrong; ``fingerprint`` is the one most shards carry."""
+    """What was compared and what is wrong; ``fingerprint`` is the one most shards carry. ``notes``: what is no fault,
+    but worth knowing."""
 
     shards: int
     frames: int
     error_rows: int
     fingerprint: str | None
     faults: tuple[Fault, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -104,15 +109,15 @@ def verify(
     columns = columns or schema.InputColumns()
     check_endpoint(frames)
     listing = list_input(frames, "IN")
-    sources, outputs = listing.marks, list_output(captions)
-    faults = [Fault("extra_shard", name, "has no frame shard") for name in outputs if name not in sources]
-    faults += list(unfinished(captions))
+    sources, outputs = listing.marks, list_output(captions, also=listing.marks)
+    faults = [*_of_listing(listing, outputs), *unfinished(captions)]
+    census = IdCensus()
     quiet = not (sys.stderr.isatty() if progress is None else progress)
 
     def check(name: str) -> _Checked:
         if name not in outputs:
             return _Checked(name, faults=(_missing(name, listing.root, columns),))
-        return _check_pair(name, sources[name], (listing.root, captions), columns)
+        return _check_pair(name, sources[name], (listing.root, captions), columns, census)
 
     with ThreadPoolExecutor(_THREADS, "verify") as threads:
         results = threads.map(check, sources)
@@ -130,7 +135,51 @@ def verify(
         sum(pair.error_rows for pair in checked),
         expected,
         tuple(sorted(faults, key=lambda fault: (fault.where, order.index(fault.kind)))),
+        (*_notes_on_names(listing), *_notes_on_ids(census, listing, columns.frame_id)),
     )
+
+
+def _of_listing(listing: Listing, outputs: Iterable[str]) -> Iterator[Fault]:
+    """Faults that names alone show."""
+    folders = tuple(name for name in listing.failed if name.endswith("/"))
+    for name in outputs:
+        if name not in listing.marks and not (folders and name.startswith(folders)):
+            yield Fault("extra_shard", name, "has no frame shard")
+    for name, error in listing.failed.items():
+        yield Fault("unreadable", name, f"cannot be captioned: {error.message}")
+    for name in listing.left_out:
+        if _has_other_ending(name):
+            yield Fault("left_out", name, f"does not end in {schema.SHARD_SUFFIX}")
+
+
+def _has_other_ending(name: str) -> bool:
+    return not is_hidden(name) and not name.endswith(")")  # the latter is a link, with a word on it
+
+
+def _notes_on_names(listing: Listing) -> Iterator[str]:
+    if hidden := [name for name in listing.left_out if not _has_other_ending(name)]:
+        yield f"left out of IN: {describe_names(hidden)}"
+
+
+def _notes_on_ids(census: IdCensus, listing: Listing, frame_id: str) -> Iterator[str]:
+    """Ids that occur more than once: the captions are right, but whoever joins by id gets extra rows."""
+    repeated = census.repeated()
+    if not len(repeated):
+        return
+    places = find_ids(_ids_of(listing, frame_id), repeated[:_EXAMPLES])
+    examples = "; ".join(f"{value!r} in {' and '.join(where)}" for value, where in places.items())
+    what = "frame id occurs" if len(repeated) == 1 else "frame ids occur"
+    yield f"{len(repeated):,} {what} more than once in IN, so that tables joined by it get extra rows: {examples}"
+
+
+def _ids_of(listing: Listing, frame_id: str) -> Iterator[tuple[str, pa.Array]]:
+    for name in listing.marks:
+        try:
+            with open_shard(listing.root, name) as frames:
+                for ids in _ids(frames, frame_id):
+                    yield name, ids
+        except Exception as error:  # it has its own fault
+            log.debug("%s: %s", name, error)
 
 
 def _most_common(checked: Sequence[_Checked]) -> str | None:
@@ -186,8 +235,8 @@ def _missing(name: str, root: str, columns: schema.InputColumns) -> Fault:
     try:
         with open_shard(root, name) as frames:
             columns.check(frames.schema_arrow, pa.schema([]))
-    except ShardError as error:
-        return Fault("unreadable", name, f"the frame shard cannot be captioned: {error.message}")
+    except Exception as error:  # whatever a file holds is that shard's fault
+        return Fault("unreadable", name, f"the frame shard cannot be captioned: {as_shard_error(error).message}")
     return Fault("missing_shard", name, "has no caption shard")
 
 
@@ -198,16 +247,18 @@ def _open_captions(root: str, name: str) -> pq.ParquetFile:
         raise ShardError(error.kind, f"the caption shard: {error.message}") from error
 
 
-def _check_pair(name: str, signature: str, roots: tuple[str, str], columns: schema.InputColumns) -> _Checked:
+def _check_pair(
+    name: str, signature: str, roots: tuple[str, str], columns: schema.InputColumns, census: IdCensus
+) -> _Checked:
     try:
         with open_shard(roots[0], name) as frames:
             columns.check(frames.schema_arrow, pa.schema([]))
             with _open_captions(roots[1], name) as captions:
-                return _compare(name, signature, frames, captions, columns)
+                return _compare(name, signature, frames, captions, columns, census)
     except ShardError as error:
         text = error.message if error.message.startswith("the caption shard") else f"the frame shard: {error.message}"
-    except (pa.ArrowException, OSError, EOFError) as error:
-        text = " ".join(str(error).split())
+    except Exception as error:  # whatever a file holds is that shard's fault
+        text = as_shard_error(error).message
     return _Checked(name, faults=(Fault("unreadable", name, text),))
 
 
@@ -217,6 +268,7 @@ def _compare(
     frames: pq.ParquetFile,
     captions: pq.ParquetFile,
     columns: schema.InputColumns,
+    census: IdCensus,
 ) -> _Checked:
     metadata = captions.metadata.metadata or {}
     faults = [Fault("schema", name, text) for text in schema_faults(frames, captions, columns)]
@@ -228,7 +280,7 @@ def _compare(
     counts: Counter[str] = Counter()
     if columns.frame_id in captions.schema_arrow.names:
         ids = IdStream(_ids(captions, columns.frame_id, counts))
-        rows = compare_rows(IdStream(_ids(frames, columns.frame_id)), ids)
+        rows = compare_rows(IdStream(census.counted(_ids(frames, columns.frame_id))), ids)
         faults += [Fault(row.kind, name, row.detail) for row in rows]
         faults += [Fault("status", name, text) for text in _status_faults(counts, metadata)]
     fingerprint = metadata.get(schema.META_FINGERPRINT)
@@ -340,8 +392,10 @@ def run(args: argparse.Namespace) -> int:
         f"{'frame' if result.frames == 1 else 'frames'}, {result.error_rows:,} with status error, "
         f"fingerprint {result.fingerprint or 'none'}"
     )
+    for note in result.notes:
+        print(note)
     if result.ok:
-        print("every frame is there once and in order")
+        print(f"every frame {'of these shards ' if result.notes else ''}is there once and in order")
         return 0
     print(table(result.faults, None if args.all else _LISTED))
     if _looks_swapped(args.frames, args.captions):

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from framecap.stores import failure_kind
 log = logging.getLogger(__name__)
 _RETRY_WAITS = (1.0, 5.0, 25.0)  # seconds
 SUFFIX = ".fragment"
+_NAME = re.compile(r"[0-9a-f]{32}\.fragment")
 FOLDER = "fragments"
 _PIECES = b"framecap.pieces"
 _FINGERPRINT = b"framecap.fingerprint"
@@ -41,6 +43,11 @@ def fragment_name(pieces: Chunk, fingerprint: str) -> str:
     """A name that the rows, their shards' signatures and the fingerprint decide, and nothing else."""
     key = json.dumps([fingerprint, _as_lists(pieces)], ensure_ascii=False)
     return hashlib.sha256(key.encode()).hexdigest()[:32] + SUFFIX
+
+
+def is_fragment_name(name: str) -> bool:
+    """Whether a file of this name was written by framecap."""
+    return _NAME.fullmatch(name) is not None
 
 
 def write_fragment(folder: str, pieces: Chunk, fingerprint: str, captions: pa.Table, host: Host = THIS_HOST) -> str:

@@ -23,11 +23,14 @@ from framecap.pipeline.read import ReadOptions
 from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.state import check_state, place_state
+from framecap.ray_cluster import check_place_of_job
 from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
-from framecap.shards import Listing, check_places, list_input
+from framecap.settings import flag
+from framecap.shards import Listing, check_places, fit_output, list_input, printable
 from framecap.storage import (
     MANIFEST,
     OPTIONS_VARIABLE,
+    absolute_uri,
     check_endpoint,
     exists,
     is_local,
@@ -153,6 +156,7 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
 
     Raises ``SettingsError``, ``CaptionerError`` or ``StorageError`` with one line that says the fix.
     """
+    settings = with_absolute_places(settings)
     captioner = settings.captioner or str(Path(framecap.__file__).parent / "demo" / "mini")
     places = [settings.input_uri, settings.output_uri, captioner, *filter(None, [settings.state_uri])]
     if settings.storage_options:
@@ -161,11 +165,11 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         check_endpoint(place)
     directory = _local_captioner(captioner)
     encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
-    source = list_input(settings.input_uri)
+    source = fit_output(list_input(settings.input_uri), settings.output_uri)
     check_places(source, settings.input_uri, settings.output_uri)
     if exists(join(source.root, STATE_FOLDER)):
         raise SettingsError(f"--input-uri {settings.input_uri} is an output of this job: it holds {STATE_FOLDER}/")
-    if settings.prune and source.root.rstrip("/") != settings.input_uri.rstrip("/"):
+    if settings.prune and not source.whole:
         raise SettingsError(f"--prune needs a whole folder as --input-uri; {settings.input_uri} is a part of one")
     _check_writable("--output-uri", settings.output_uri)
     state_uri = place_state(settings.output_uri, settings.state_uri, source)
@@ -178,7 +182,7 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         settings=settings,
         run_id=f"{host.date():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
         source=source,
-        captioner=captioner if "://" in captioner else str(Path(captioner).resolve()),
+        captioner=captioner,
         resolution=encoder.image_resolution,
         embedding_size=encoder.embed_dim if settings.image_embedding else None,
         decode=decode,
@@ -187,6 +191,21 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         storage=storage_options(),
         host=host,
     )
+
+
+def with_absolute_places(settings: CaptionSettings) -> CaptionSettings:
+    """The same settings with local places as paths that mean the same in a worker's folder.
+
+    Raises ``SettingsError`` for an output below Ray's copy of the working directory, which Ray deletes.
+    """
+    for name in ("output_uri", "state_uri"):
+        check_place_of_job(flag(name), getattr(settings, name))
+    named = {name: getattr(settings, name) for name in ("input_uri", "output_uri", "state_uri", "captioner")}
+    places = {name: absolute_uri(uri) for name, uri in named.items() if uri}
+    for name, uri in places.items():
+        if printable(uri) != uri:
+            raise SettingsError(f"{flag(name)} {printable(uri)} is not UTF-8; rename it, or give it through a link")
+    return settings.model_copy(update=places)
 
 
 def decode_options(settings: CaptionSettings) -> DecodeOptions:

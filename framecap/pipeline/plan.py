@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from framecap.errors import ShardError, StoreUnavailableError
+from framecap.pipeline.carried import check_int96
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
-from framecap.shards import Listing, open_shard
+from framecap.shards import Listing, as_shard_error, describe_names, open_shard
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,10 +81,17 @@ class Plan:
     later: list[ShardPlan] = field(default_factory=list)  # beyond the limit
     failed: dict[str, ShardError] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)  # caption shards without frame shard
+    left_out: tuple[str, ...] = ()  # see ``Listing``
+    marks: dict[str, str] = field(default_factory=dict)  # frame shards of this run's input
+    outputs: dict[str, str] = field(default_factory=dict)  # caption shards, with their marks
 
     @property
     def reasons(self) -> Counter[str]:
         return Counter(shard.reason for shard in self.todo)
+
+    def uncaptioned(self) -> set[str]:
+        """Shards whose caption shard is still to be made, by this run or a later one."""
+        return {shard.shard for shard in (*self.todo, *self.later) if not shard.basis} | set(self.failed)
 
 
 def fingerprint(manifest: bytes, options: dict[str, object]) -> str:
@@ -107,7 +115,10 @@ def make_plan(
 ) -> Plan:
     """Compare IN with what OUT holds. ``outputs``: listing of OUT; ``wanted``: this run's fingerprint."""
     published = _published(output_uri, outputs, ledger, host)
-    plan = Plan(gone=[name for name in outputs if name not in source.marks])
+    gone = [name for name in outputs if source.misses(name)]
+    plan = Plan(
+        gone=gone, left_out=source.left_out, failed=dict(source.failed), marks=source.marks, outputs=outputs
+    )
     reasons: dict[str, str] = {}
     for shard, signature in source.marks.items():
         entry = published.get(shard)
@@ -122,8 +133,8 @@ def make_plan(
     def inspect(shard: str) -> ShardPlan | ShardError:
         try:
             rows = _check_footer(source.root, shard, columns, added)
-        except ShardError as error:
-            return error
+        except Exception as error:  # whatever a footer holds is that shard's error
+            return as_shard_error(error)
         whole = ((0, rows),) if rows else ()
         if reasons[shard] == "errors":
             try:
@@ -195,6 +206,7 @@ def read_output_footer(output_uri: str, shard: str, mark: str) -> LedgerEntry | 
 def _check_footer(root: str, shard: str, columns: InputColumns, added: pa.Schema) -> int:
     with open_shard(root, shard) as file:
         columns.check(file.schema_arrow, added)
+        check_int96(root, shard, file, columns.kept(file.schema_arrow))
         return int(file.metadata.num_rows)
 
 
@@ -213,8 +225,8 @@ def _error_ranges(output_uri: str, shard: str) -> tuple[Range, ...]:
                     else:
                         ranges.append((position, position + 1))
                 offset += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise ShardError("unreadable", str(error)[:300]) from error
+        except Exception as error:  # whatever a page holds is that shard's error
+            raise as_shard_error(error) from error
     return tuple(ranges)
 
 
@@ -284,6 +296,8 @@ def describe(plan: Plan) -> list[str]:
     reasons = ", ".join(f"{plan.reasons[r]} {r}" for r in REASONS if plan.reasons[r]) or "nothing"
     lines = [f"to do: {len(plan.todo)} shards, {rows} rows ({reasons}); done: {plan.done} shards"]
     lines += [f"cannot be read: {shard} ({error})" for shard, error in sorted(plan.failed.items())]
+    if plan.left_out:
+        lines.append(f"left out: {describe_names(plan.left_out)}")
     if plan.gone:
         lines.append(f"caption shards whose frame shard is gone: {len(plan.gone)} (--prune deletes them)")
     if plan.error_rows:

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,18 +19,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from framecap.errors import ShardError
+from framecap.pipeline.carried import CarriedRows
 from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.pipeline.plan import Chunk, Range, ShardPlan
 from framecap.schema import STATUS_ERROR, InputColumns, output_metadata, output_schema
-from framecap.shards import mark_of, open_shard
+from framecap.shards import as_shard_error, mark_of, open_shard
 from framecap.storage import atomic_path, is_local, join, open_fs
-from framecap.stores import failure_kind
 
 log = logging.getLogger(__name__)
 _GROUP_ROWS = 16_384
-_GROUP_BYTES = 64 << 20
+_GROUP_BYTES = 32 << 20
 _READ_ROWS = 1_024
 _CACHED_FRAGMENTS = 32
 
@@ -83,6 +83,7 @@ class Publisher:
         self._later = {shard.shard: shard for shard in later}
         self._spans: dict[str, list[_Span]] = {}
         self._users: dict[str, set[str]] = {}  # fragment → shards that still need it
+        self._needed: dict[str, set[str]] = {}  # shard → fragments that it still needs
         self._cache = _FragmentCache(places.fragments)
         threads = 4 if is_local(places.output) else 16
         self._pool = host.executor(threads, "framecap-publish")
@@ -99,11 +100,11 @@ class Publisher:
         """The rows of a shard that are in fragments."""
         return [(span.start, span.stop) for span in self._spans.get(shard, ())]
 
-    def add(self, pieces: Chunk, fragment: str) -> None:
-        """Take note of a fragment; a repeated one changes nothing."""
+    def add(self, pieces: Chunk, fragment: str, also: Iterable[str] = ()) -> None:
+        """Take note of a fragment; a repeated one changes nothing. ``also``: shards of other runs that need it."""
         if fragment in self._users:
             return
-        users = self._users[fragment] = set[str]()
+        users = set(also)
         offset = 0
         for piece in pieces:
             plan = self._waiting.get(piece.shard)
@@ -113,9 +114,21 @@ class Publisher:
             elif (later := self._later.get(piece.shard)) is not None and piece.serves(later):
                 users.add(piece.shard)
             offset += piece.stop - piece.start
-        for shard in list(users):
+        self.keep(fragment, users)
+        for shard in users:
             self.publish_if_complete(shard)
         self._release(fragment, None)
+
+    def keep(self, fragment: str, shards: Iterable[str]) -> None:
+        """Leave a fragment alone until each of ``shards`` is published, or changes, or is forgotten."""
+        for shard in shards:
+            self._needed.setdefault(shard, set()).add(fragment)
+            self._users.setdefault(fragment, set()).add(shard)
+
+    def forget(self, gone: Callable[[str], bool]) -> None:
+        """Delete the fragments of shards that are gone, unless others need them too."""
+        for shard in filter(gone, list(self._needed)):
+            self._forget(shard)
 
     def publish_if_complete(self, shard: str) -> None:
         """Start publishing a shard if nothing of it is missing (at once so for a shard without rows)."""
@@ -152,8 +165,11 @@ class Publisher:
             except ShardError as error:
                 self.fail(shard, error)
             except OSError as error:  # a full disk, a store that refuses
-                self.fail(shard, ShardError(failure_kind(error, "unwritable"), f"{type(error).__name__}: {error}"))
+                self.fail(shard, as_shard_error(error, "unwritable"))
                 log.error("%s cannot be published (%s); its fragments are kept for the next run", shard, error)
+            except Exception as error:  # whatever it is, the other shards go on
+                self.fail(shard, as_shard_error(error))
+                log.exception("%s cannot be published; its fragments are kept for the next run", shard)
             else:
                 self._ledger.append(entry)
                 self.done.shards += 1
@@ -177,16 +193,15 @@ class Publisher:
                 delete_fragment(self._places.fragments, name)
 
     def _forget(self, shard: str) -> None:
-        for fragment in {span.fragment for span in self._spans.pop(shard, [])}:
+        self._spans.pop(shard, None)
+        for fragment in self._needed.pop(shard, ()):
             self._release(fragment, shard)
 
     def _release(self, fragment: str, shard: str | None) -> None:
-        users = self._users.get(fragment)
-        if users is None:
-            return
+        users = self._users.get(fragment, set())
         users.discard(shard or "")
         if not users:
-            del self._users[fragment]
+            self._users.pop(fragment, None)
             delete_fragment(self._places.fragments, fragment)
             self._cache.drop(fragment)
 
@@ -216,33 +231,6 @@ class _FragmentCache:
             self._tables.pop(fragment, None)
 
 
-class _Cursor:
-    """Successive rows of a shard's columns, ``take`` by ``take``."""
-
-    def __init__(self, file: pq.ParquetFile, columns: list[str]) -> None:
-        self._schema = pa.schema([file.schema_arrow.field(name) for name in columns])
-        self._batches = file.iter_batches(_READ_ROWS, columns=columns)
-        self._held: pa.Table | None = None
-
-    def take(self, rows: int) -> pa.Table:
-        """The next ``rows`` rows. Raises ``ShardError`` if there are fewer."""
-        parts: list[pa.Table] = []
-        while rows > 0:
-            if self._held is None or not len(self._held):
-                try:
-                    batch = next(self._batches, None)
-                except (pa.ArrowException, OSError) as error:  # pyarrow calls a damaged page an OSError
-                    raise ShardError(failure_kind(error, "unreadable"), str(error)[:300]) from error
-                if batch is None:
-                    raise ShardError("unreadable", f"{rows} rows fewer than its footer promised")
-                self._held = pa.Table.from_batches([batch]).select(self._schema.names)
-            part = self._held.slice(0, rows)
-            self._held = self._held.slice(len(part))
-            rows -= len(part)
-            parts.append(part.replace_schema_metadata(None))
-        return pa.concat_tables(parts) if parts else self._schema.empty_table()
-
-
 def publish_shard(places: Places, plan: ShardPlan, spans: list[_Span], cache: _FragmentCache) -> LedgerEntry:
     """Write one caption shard; rows outside ``spans`` come from the present output (``--retry-errors``).
 
@@ -255,14 +243,14 @@ def publish_shard(places: Places, plan: ShardPlan, spans: list[_Span], cache: _F
             schema = output_schema(source.schema_arrow, places.columns, places.added)
             kept = places.columns.kept(source.schema_arrow)
             with _whole_file(output_uri) as target, pq.ParquetWriter(target, schema, compression="zstd") as writer:
-                for group in _groups(_captioned(places, plan, spans, cache, _Cursor(source, kept)), schema):
+                for group in _groups(_captioned(places, plan, spans, cache, kept), schema):
                     errors += pc.sum(pc.equal(group.column("caption_status"), STATUS_ERROR)).as_py() or 0
                     writer.write_table(group)
                 if mark_of(source_uri) != plan.signature:
                     raise ShardError("changed", "the file was replaced while the run was under way; run again")
                 writer.add_key_value_metadata(output_metadata(plan.shard, plan.signature, places.fingerprint, errors))
     except (pa.ArrowException, FileNotFoundError) as error:
-        raise ShardError("unreadable", str(error)[:300]) from error
+        raise as_shard_error(error) from error
     return LedgerEntry(plan.shard, plan.rows, errors, plan.signature, places.fingerprint, mark_of(output_uri))
 
 
@@ -281,32 +269,38 @@ def _whole_file(uri: str) -> Iterator[str]:
 
 
 def _captioned(
-    places: Places, plan: ShardPlan, spans: list[_Span], cache: _FragmentCache, source: _Cursor
+    places: Places, plan: ShardPlan, spans: list[_Span], cache: _FragmentCache, kept: list[str]
 ) -> Iterator[pa.Table]:
     """Tables of kept columns and captions that follow each other and cover the shard."""
     position = 0
-    old: _Cursor | None = None
+    source = CarriedRows(places.input_root, plan.shard, kept)
+    old: CarriedRows | None = None
     if plan.reason == "errors":
-        old = _Cursor(open_shard(places.output, plan.shard), places.added.names)
+        old = CarriedRows(places.output, plan.shard, places.added.names)
     for span in [*spans, _Span(plan.rows, plan.rows, "", 0)]:
         while position < span.start:
             if old is None:
                 raise ShardError("unreadable", f"row {position} was captioned by no fragment")
             rows = min(_READ_ROWS, span.start - position)
-            yield _beside(source.take(rows), old.take(rows))
+            yield from _beside(source.take(rows), pa.concat_tables(old.take(rows)))
             position += rows
         if span.stop > span.start:
             rows = span.stop - span.start
-            yield _beside(source.take(rows), cache.rows(span))
+            yield from _beside(source.take(rows), cache.rows(span))
             if old is not None:
-                old.take(rows)
+                old.skip(rows)
             position = span.stop
 
 
-def _beside(left: pa.Table, right: pa.Table) -> pa.Table:
-    for name in right.column_names:
-        left = left.append_column(right.schema.field(name), right.column(name))
-    return left
+def _beside(parts: Iterator[pa.Table], captions: pa.Table) -> Iterator[pa.Table]:
+    """Each of ``parts`` with its captions, of which there is one per row of all parts together."""
+    position = 0
+    for part in parts:
+        own = captions.slice(position, len(part))
+        position += len(part)
+        for name in own.column_names:
+            part = part.append_column(own.schema.field(name), own.column(name))
+        yield part
 
 
 def _groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:

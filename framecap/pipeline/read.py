@@ -27,9 +27,8 @@ from framecap.model.pictures import Decode
 from framecap.model.resample import Pixels
 from framecap.pipeline.plan import Chunk, Piece, Range
 from framecap.schema import REUSE_ROWS, InputColumns
-from framecap.shards import mark_of, open_shard
+from framecap.shards import as_shard_error, mark_of, open_shard
 from framecap.storage import join, open_fs
-from framecap.stores import failure_kind
 
 _READ_ROWS = 32  # frames decoded per record batch: 32 of 200 KB are 6 MB
 _RETRY_WAITS = (0.2, 1.0, 3.0, 5.0, 10.0)
@@ -119,14 +118,10 @@ def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> S
                 builder.add(batch, piece, position)
                 position += len(batch)
             return None
-        except (ShardError, pa.ArrowException, OSError, ValueError) as error:
+        except Exception as error:  # whatever a page holds is that shard's error
             builder.rewind(before)
             stream.close()
-            final = (
-                error
-                if isinstance(error, ShardError)
-                else ShardError(failure_kind(error, "unreadable"), str(error)[:300])
-            )
+            final = as_shard_error(error)
             if isinstance(error, ShardError) and error.kind == "changed":
                 break
             time.sleep(_RETRY_WAITS[attempt])

@@ -10,7 +10,6 @@ import sys
 
 from framecap.errors import FramecapError, LockedError
 from framecap.pipeline.exits import EXIT_DONE, EXIT_FAILED, EXIT_WORK_LEFT, RUN_AGAIN_KINDS, exit_code_of
-from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.job import Job, Resources, prepare
 from framecap.pipeline.ledger import Ledger
@@ -19,12 +18,13 @@ from framecap.pipeline.plan import Plan, describe, list_shards_to_do, make_chunk
 from framecap.pipeline.progress import Progress
 from framecap.pipeline.publish import Publisher
 from framecap.pipeline.ray_stream import RayStream, RecordStream
+from framecap.pipeline.recover import take_up_fragments
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.state import claim_state
 from framecap.pipeline.stops import StopRun, Stops
 from framecap.pipeline.summary import Summary, write_summary
 from framecap.pipeline.sweep import prune, sweep_temporary_files
-from framecap.shards import list_shards
+from framecap.shards import list_outputs
 from framecap.storage import answers
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def _tidy(job: Job, plan: Plan, publisher: Publisher, summary: Summary, ledger: 
         publisher.sweep()
         if job.settings.prune:
             summary.pruned = prune(job, plan, ledger)
+            publisher.forget(job.source.misses)
         ledger.compact()
         for place in (job.output_uri, job.state_uri):
             sweep_temporary_files(place)
@@ -109,7 +110,7 @@ def _plan(job: Job, ledger: Ledger) -> Plan:
     return make_plan(
         job.source,
         job.output_uri,
-        list_shards(job.output_uri),
+        list_outputs(job.output_uri, job.source.marks),
         ledger,
         job.fingerprint,
         job.columns,
@@ -137,7 +138,7 @@ def _caption_and_publish(
     summary: Summary,
     stops: Stops,
 ) -> None:
-    summary.recovered_rows = _take_up_fragments(job, plan, publisher)
+    summary.recovered_rows = take_up_fragments(plan, job.places.fragments, job.fingerprint, publisher)
     for shard in plan.todo:
         publisher.publish_if_complete(shard.shard)
     remaining = [(shard, subtract(shard.todo, publisher.covered(shard.shard))) for shard in plan.todo]
@@ -174,33 +175,6 @@ def _check_places(job: Job, publisher: Publisher) -> None:
             for uri in (job.output_uri, job.state_uri, job.source.root):
                 if not answers(uri):
                     raise StopRun(f"the store of {uri} does not answer; run the same command again")
-
-
-def _take_up_fragments(job: Job, plan: Plan, publisher: Publisher) -> int:
-    """Note the fragments of earlier runs that still count, delete the rest; returns the rows they hold that are to
-    do now."""
-    wanted = {shard.shard: shard for shard in plan.todo}
-    later = {shard.shard: shard for shard in plan.later}
-    rows = 0
-    for name in list_fragments(job.places.fragments):
-        try:
-            fragment, _ = read_fragment(job.places.fragments, name)
-        except (ValueError, KeyError, FileNotFoundError):
-            delete_fragment(job.places.fragments, name)
-            continue
-        except OSError as error:  # a store that does not answer now may do so in the next run
-            log.warning("fragment %s cannot be read (%s); its rows are captioned again", name, error)
-            continue
-        useful = [p for p in fragment.pieces if p.shard in wanted and p.serves(wanted[p.shard])]
-        waiting = any(p.shard in later and p.serves(later[p.shard]) for p in fragment.pieces)
-        if fragment.fingerprint != job.fingerprint or not (useful or waiting):
-            delete_fragment(job.places.fragments, name)
-            continue
-        rows += sum(piece.stop - piece.start for piece in useful)
-        publisher.add(fragment.pieces, name)
-    if rows:
-        log.info("%d rows are in fragments of earlier runs", rows)
-    return rows
 
 
 def _exit_code(settings: CaptionSettings, summary: Summary, publisher: Publisher, failure: BaseException | None) -> int:

@@ -18,7 +18,7 @@ from framecap.storage import exists, is_local, join, open_fs, read_bytes, write_
 _MARKER = "state-at."  # followed by the quoted URI
 _OUTPUT = "output"  # holds the URI of OUT
 _OTHERS = {"fragments", "ledger", "ledger.jsonl", "runs"}
-_LONGEST = 255 - len("." + "." + 32 * "0" + ".tmp")  # bytes of a file name, less what is added while it is written
+_LONGEST = 255  # bytes of a file name
 
 
 def state_of(output_uri: str) -> str:

@@ -18,6 +18,7 @@ from framecap.pipeline.publish import Publisher
 from framecap.pipeline.records import ChunkRecord
 from framecap.pipeline.settings import CaptionSettings
 from framecap.schema import SCHEMA_VERSION, STATUS_ERROR
+from framecap.shards import describe_names
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 _LEAST_ROWS = 200  # before the error rate of a run says anything
@@ -35,6 +36,7 @@ class Summary:
     rows_to_do: int
     error_rows_before: int
     plan_failed: dict[str, str]
+    left_out: list[str]  # files that may be Parquet but are no shards by their names
     settings: dict[str, Any]
     versions: dict[str, str]
     exit_code: int = 0
@@ -71,6 +73,7 @@ class Summary:
             rows_to_do=sum(shard.todo_rows for shard in plan.todo),
             error_rows_before=plan.error_rows,
             plan_failed={shard: str(error) for shard, error in plan.failed.items()},
+            left_out=list(plan.left_out),
             settings=_public(job.settings),
             versions=_versions(),
             _host=job.host,
@@ -130,6 +133,7 @@ class Summary:
             f"{self.published_shards:,} shards published",
             f"{self.unfinished_shards:,} unfinished" if self.unfinished_shards else "",
             f"{len(self.failed_shards):,} failed" if self.failed_shards else "",
+            describe_names(self.left_out, 1) if self.left_out else "",
         ]
         ending = "; run the same line again for the rest" if self.unfinished_shards else ""
         return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}{ending}"
