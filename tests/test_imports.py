@@ -37,7 +37,6 @@ LAYERS = [
 ]
 ENGINE_MAY_IMPORT = {
     "torch",
-    "transformers",
     "tokenizers",
     "safetensors",
     "PIL",
@@ -98,6 +97,17 @@ def test_importing_the_captioner_loads_neither_ray_nor_pyarrow_nor_pydantic() ->
     code = (
         "import sys, framecap.model.captioner, framecap.model.convert;"
         "print([m for m in ('ray', 'pyarrow', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
+
+
+def test_captioning_imports_no_transformers() -> None:
+    """It takes seconds, and is there as the reference of tests and benchmark alone."""
+    code = (
+        "import sys, framecap.model.convert; from PIL import Image; from framecap import describe_image;"
+        "assert describe_image(Image.new('RGB', (80, 60)));"
+        "print([m for m in sys.modules if m.partition('.')[0] == 'transformers'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

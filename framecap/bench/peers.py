@@ -5,7 +5,7 @@
   whole sequence through the decoder for every token, nucleus filtering over the sorted vocabulary, argmax.
 - ``transformers.generate`` on ``GPT2LMHeadModel`` with a dynamic or a static cache.
 - ruCLIP's image transform (``ruclip`` 0.0.2, ``processor.py``) in Pillow and torch.
-- transformers' ``CLIPVisionModelWithProjection`` with SDPA attention.
+- transformers' ``CLIPVisionModelWithProjection`` with SDPA attention (``transformers_clip.py``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config, GPT2LMHeadModel
+from transformers import CLIPVisionModelWithProjection, GPT2Config, GPT2LMHeadModel
 
-from framecap.model.ruclip import RuClip
 from framecap.model.rugpt import RuGpt
 
 
@@ -52,14 +51,6 @@ def gpt2(decoder: RuGpt) -> GPT2LMHeadModel:
 def _gpt2_state(decoder: RuGpt) -> list[tuple[str, Tensor]]:
     state = decoder.published_state()
     return [*state.items(), ("lm_head.weight", state["transformer.wte.weight"])]
-
-
-def clip_vision(encoder: RuClip) -> CLIPVisionModelWithProjection:
-    """transformers' image tower with a copy of the encoder's weights."""
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**encoder.vision.config.to_dict()))
-    model.load_state_dict(encoder.vision.state_dict())
-    model.set_attn_implementation("sdpa")
-    return model.to(encoder.device, encoder.dtype).eval().requires_grad_(False)
 
 
 def ruclip_transform(

@@ -17,6 +17,7 @@ from framecap.bench import peers
 from framecap.bench.frames import SIZES, make_frames
 from framecap.bench.measure import Ceilings, Stopwatch
 from framecap.bench.random_captioner import ENCODERS, CaptionerShape, random_captioner, random_prefixes
+from framecap.bench.transformers_clip import clip_vision
 from framecap.model.captioner import Caption, Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import FrameBatch, Generator
@@ -113,7 +114,7 @@ class Bench:
 
     @functools.cached_property
     def clip(self) -> Any:
-        return peers.clip_vision(self.encoder)
+        return clip_vision(self.encoder)
 
     @property
     def has_peers(self) -> bool:

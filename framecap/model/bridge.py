@@ -64,9 +64,7 @@ class BridgeConfig:
             if getattr(self, name) < 1:
                 raise SettingsError(f"bridge {name} is {getattr(self, name)}; it must be at least 1.")
         if self.kind == "transformer" and self.decoder_size % self.num_heads:
-            raise SettingsError(
-                f"bridge num_heads {self.num_heads} does not divide decoder_size {self.decoder_size}."
-            )
+            raise SettingsError(f"bridge num_heads {self.num_heads} does not divide decoder_size {self.decoder_size}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> BridgeConfig:

@@ -21,24 +21,21 @@ import torch
 from torch import Tensor
 
 from framecap.errors import FrameError, SettingsError
-from framecap.model.attention import planless_attention
 from framecap.model.bridge import Bridge, build_bridge
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
 from framecap.model.devices import choose_device, choose_dtype
+from framecap.model.encode import ImageEncoder, TextEncoder
 from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, Generator
-from framecap.model.images import Frame, check_list, crop_and_resize, normalise
+from framecap.model.images import Frame, check_list, crop_and_resize
 from framecap.model.packed import pack_linears, use_eight_bits
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.rugpt import RuGpt
-from framecap.model.transfer import ahead
 from framecap.model.weights import load_strictly, read_state_dict
 from framecap.storage import MANIFEST, local_copy
 
 BRIDGE_WEIGHTS = "bridge.safetensors"
 BRIDGE_PREFIX = "bridge."
 CROSS_ATTENTION_PREFIX = "decoder."
-# Frames per pass through a tower. On a CPU the activations of 8 stay in its caches (32 are a seventh slower).
-ENCODE_BATCH = {"cpu": 8, "cuda": 256}
 # Frames that are encoded at a time and then wait for slots: as many as the decoder has (``generate.MAX_ROWS``), so
 # that memory is the same from the second batch on.
 CAPTION_BATCH = {"cpu": 128, "cuda": 1024}
@@ -100,6 +97,8 @@ class Captioner:
         self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
         self._source = source
         self.generator = Generator(decoder)
+        self._encode_images = ImageEncoder(encoder, config.bridge.feature == "patches")
+        self._encode_texts = TextEncoder(encoder)
 
     @classmethod
     def from_pretrained(
@@ -270,23 +269,13 @@ class Captioner:
             )
         return captions
 
-    @torch.inference_mode()
     def features(self, pixels: np.ndarray | Tensor) -> ImageFeatures:
         """Cropped frames uint8 [N, R, R, 3] → the encoder's pooled [N, D] and patch [N, P + 1, W] features.
 
         ``pixels`` may be what ``transfer.pinned`` has made of an array. Patch features are many: without a bridge that
         reads them none are kept ([0, P + 1, W]).
         """
-        config, reads_patches = self.encoder.config, self.config.bridge.feature == "patches"
-        pooled, patches = [], []
-        size = ENCODE_BATCH[self.device.type]
-        batches = (pixels[at : at + size] for at in range(0, len(pixels), size))
-        with planless_attention():
-            for moved in ahead(batches, self.device):
-                made = self.encoder.image_features(normalise(moved, config.mean, config.std, self.encoder.dtype))
-                pooled.append(made.pooled)
-                patches.append(made.patches if reads_patches else made.patches[:0].clone())
-        features = ImageFeatures(torch.cat(pooled), torch.cat(patches))
+        features = self._encode_images(pixels)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # once a call, so that whoever takes the time knows the encoder's
         return features
@@ -308,7 +297,6 @@ class Captioner:
             parts.append(unit(self.features(np.stack(results)).pooled))  # type: ignore[arg-type]
         return _rows(parts, self.encoder.config.embed_dim)
 
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """ruCLIP embeddings of texts, float32 [N, D], L2-normalised.
 
@@ -317,12 +305,8 @@ class Captioner:
             SettingsError: ``texts`` is one string instead of a list.
         """
         check_list(texts, "texts")
-        with planless_attention():
-            parts = [
-                unit(self.encoder.encode_text(self.encoder.tokenize(list(batch))))
-                for batch in _chunks(texts, ENCODE_BATCH[self.device.type])
-            ]
-        return _rows(parts, self.encoder.config.embed_dim)
+        ids = self.encoder.tokenize(texts)
+        return unit(self._encode_texts(ids)) if texts else _rows([], self.encoder.config.embed_dim)
 
     def _directory(self) -> Path:
         if self._source is None:

@@ -23,41 +23,59 @@ _LEAST_WEIGHTS = 2**18  # a call costs 0.04 ms more than one of MKL: smaller lay
 
 
 class PackedWeight:
-    """``weight`` [out, in] of a float32 layer on the CPU, packed when it is first used and again when it is another
-    tensor or was changed in place (but not through ``.data`` or in inference mode, where torch keeps no count)."""
+    """``weight`` [out, in] of a float32 layer on the CPU, packed when it is first used and again when its ``identity``
+    changes.
 
-    def __init__(self, eight_bits: bool = False) -> None:
-        self.eight_bits = eight_bits
+    ``scale``: products are multiplied by it before the bias is added.
+    """
+
+    def __init__(self, eight_bits: bool = False, scale: float = 1.0) -> None:
+        self.eight_bits, self.scale = eight_bits, scale
         self._packed: tuple[Tensor, ...] | None = None
-        self._made_of: tuple[int, int, bool] = (0, 0, False)
+        self._made_of: tuple[object, ...] = ()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x`` [..., in] times ``weight``, plus ``bias`` [out] → [..., out]; differentiable where gradients are on."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool = False) -> Tensor:
+        """``x`` [..., in] times ``weight``, plus ``bias`` [out], through SiLU if wanted → [..., out]; differentiable
+        where gradients are on."""
         if torch.is_grad_enabled():
             self._packed = None
-            return F.linear(x, weight, bias)
+            out = self._plain(x, weight, bias)
+            return F.silu(out) if silu else out
         if x.device.type == "cpu" and 0 < (rows := x.numel() // x.shape[-1]) < _LEAST_ROWS:
             filled = F.pad(x.reshape(rows, -1), (0, 0, 0, _LEAST_ROWS - rows))
-            return self.linear(filled, weight, bias)[:rows].view(*x.shape[:-1], -1)
+            return self.linear(filled, weight, bias, silu)[:rows].view(*x.shape[:-1], -1)
         if not _suits(x, weight):
             self._packed = None
-            return F.linear(x, weight, bias)
-        version = 0 if weight.is_inference() else weight._version
-        source, packed = (weight.data_ptr(), version, self.eight_bits), self._packed
+            out = self._plain(x, weight, bias)
+            return F.silu(out, inplace=True) if silu else out
+        source, packed = (*identity(weight), self.eight_bits), self._packed
         if packed is None or source != self._made_of:
+            scaled = weight.detach() if self.scale == 1 else weight.detach() * self.scale
             if self.eight_bits:
-                packed = _round(weight.detach())
+                packed = _round(scaled)
             else:
-                plain = weight.detach().contiguous()
+                plain = scaled.contiguous()
                 packed = (torch.ops.mkldnn._reorder_linear_weight(plain, _TYPICAL_ROWS),)
             self._packed, self._made_of = packed, source
         if self.eight_bits:
             rounded, scale = packed
-            return _linear_in_eight_bits(x, rounded, scale, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, packed[0], bias, "none", [], "")
+            out = _linear_in_eight_bits(x, rounded, scale, bias)
+            return F.silu(out, inplace=True) if silu else out
+        # oneDNN's name for SiLU is swish; it is applied while the product is in the caches.
+        return torch.ops.mkldnn._linear_pointwise(x, packed[0], bias, "swish" if silu else "none", [], "")
 
-    def __reduce__(self) -> tuple[type[PackedWeight], tuple[bool]]:
-        return PackedWeight, (self.eight_bits,)  # what is packed can be neither copied nor pickled, only packed again
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same by torch's own product, which scales in its accumulators: float16 is rounded once."""
+        if self.scale == 1:
+            return F.linear(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if bias is None:
+            return (rows @ weight.t() * self.scale).view(*x.shape[:-1], -1)
+        return torch.addmm(bias, rows, weight.t(), alpha=self.scale).view(*x.shape[:-1], -1)
+
+    def __reduce__(self) -> tuple[type[PackedWeight], tuple[bool, float]]:
+        # What is packed can be neither copied nor pickled, only packed again.
+        return PackedWeight, (self.eight_bits, self.scale)
 
 
 class PackedLinear(nn.Linear):
@@ -70,6 +88,12 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
         return self._weight.linear(x, self.weight, self.bias)
+
+
+def identity(weight: Tensor) -> tuple[object, ...]:
+    """What tells a weight from another tensor, and from itself before it was changed in place (but not through
+    ``.data`` or in inference mode, where torch keeps no count)."""
+    return (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.device)
 
 
 def pack_linears(model: nn.Module) -> None:

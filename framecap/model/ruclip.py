@@ -1,39 +1,24 @@
-"""ruCLIP: a published checkpoint → an image tower and a text tower in transformers' CLIP classes.
+"""ruCLIP: a published checkpoint → an image tower and a text tower.
 
 Source of the arithmetic: ``ruclip`` 0.0.2 (ai-forever/ru-clip, ``model.py``, ``processor.py``), which is
-OpenAI's CLIP with YouTokenToMe ids. Knows nothing of bridges or decoders.
+OpenAI's CLIP with YouTokenToMe ids; see ``clip_tower.py`` for the towers. Knows nothing about bridges or decoders.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 from framecap.errors import CaptionerError
+from framecap.model.clip_tower import ImageTower, TextTower, initialise
 from framecap.model.images import Frame, check_list, preprocess
-from framecap.model.packed import pack_linears
-from framecap.model.ruclip_layout import (
-    HEAD_WIDTH,
-    TEXT_NAMES,
-    VISION_NAMES,
-    RuClipConfig,
-    config_from_shapes,
-    from_published,
-    openai_image_tower,
-    to_published,
-)
+from framecap.model.ruclip_layout import RuClipConfig, config_from_shapes, openai_image_tower
 from framecap.model.weights import (
     SAFETENSORS_NAME,
     check_layout,
@@ -45,9 +30,10 @@ from framecap.model.yttm import YttmTokenizer, save_yttm
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "bpe.model"
-# ruclip/processor.py fixes these whatever the last line of bpe.model says.
 TEXT_BUCKET = 8  # tokens; texts are read up to a multiple of it
-PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+# ruclip/processor.py fixes these, whatever the last line of bpe.model says.
+PAD_ID, BOS_ID, EOS_ID = 0, 2, 3
+VISUAL = "visual."  # the image tower's names begin so
 
 
 @dataclass(frozen=True)
@@ -85,15 +71,18 @@ class RuClip(nn.Module):
             )
         self.config = config
         self.tokenizer = tokenizer
-        self.vision = CLIPVisionModelWithProjection(_vision_config(config))
-        self.text = CLIPTextModelWithProjection(_text_config(config)) if config.transformer_layers else None
-        pack_linears(self)
+        self.vision = ImageTower(config)
+        self.text = TextTower(config) if config.transformer_layers else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod
     def from_config(cls, config: RuClipConfig, tokenizer: YttmTokenizer | None = None) -> RuClip:
-        """A trainable model with random weights (transformers' CLIP initialisation, torch's global seed)."""
-        return cls(config, tokenizer)
+        """A trainable model with random weights (CLIP's initialisation, torch's global seed)."""
+        model = cls(config, tokenizer)
+        initialise(model.vision)
+        if model.text is not None:
+            initialise(model.text)
+        return model
 
     @classmethod
     def from_pretrained(
@@ -156,14 +145,26 @@ class RuClip(nn.Module):
         return preprocess(frames, self.config.image_resolution, self.config.mean, self.config.std)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """[N, 3, R, R] as ``preprocess`` gives → [N, embed_dim], not normalised, as ``ruclip``."""
-        return self.vision(pixel_values=pixels.to(self.device, self.dtype)).image_embeds
+        """Pixels → [N, embed_dim], not normalised, as ``ruclip``.
+
+        ``pixels``: float [N, 3, R, R] as ``preprocess`` gives, or uint8 [N, R, R, 3] as ``crop_and_resize`` gives.
+        """
+        return self.vision(self._placed(pixels), with_patches=False)[0]
 
     def image_features(self, pixels: Tensor) -> ImageFeatures:
-        """[N, 3, R, R] → pooled and patch features in one pass through the image tower."""
-        out = self.vision(pixel_values=pixels.to(self.device, self.dtype))
-        patches = self.vision.vision_model.post_layernorm(out.last_hidden_state)
-        return ImageFeatures(pooled=out.image_embeds, patches=patches)
+        """Pooled and patch features in one pass through the image tower; for ``pixels`` see ``encode_image``."""
+        return ImageFeatures(*self.vision(self._placed(pixels), with_patches=True))
+
+    def _placed(self, pixels: Tensor) -> Tensor:
+        """On the model's device; floats in its dtype. Raises CaptionerError for another shape than it takes."""
+        side, is_raw = self.config.image_resolution, pixels.dtype is torch.uint8
+        expected = [side, side, 3] if is_raw else [3, side, side]
+        if list(pixels.shape[1:]) != expected:
+            raise CaptionerError(
+                f"{str(pixels.dtype).removeprefix('torch.')} pixels of shape {list(pixels.shape)}; "
+                f"the shape after the first must be {expected}."
+            )
+        return pixels.to(self.device, torch.uint8 if is_raw else self.dtype)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts → int64 [N, context_length]: lower-cased, ``<bos>`` ids ``<eos>``, cut, padded with 0
@@ -188,25 +189,17 @@ class RuClip(nn.Module):
         """
         if self.text is None:
             raise _no_text_tower()
-        is_eos = ids == EOS_ID
-        if not is_eos.any(dim=1).all():
-            raise CaptionerError(f"every row of ids needs an <eos> ({EOS_ID}); use tokenize().")
-        at_eos = is_eos.int().argmax(dim=1)
-        needed = (at_eos // TEXT_BUCKET + 1) * TEXT_BUCKET
         order, embeds = [], []
-        for length in needed.unique().tolist():
-            rows = (needed == length).nonzero()[:, 0]
-            states = self.text.text_model(input_ids=ids[rows, :length].to(self.device)).last_hidden_state
-            ends = states[torch.arange(len(rows), device=self.device), at_eos[rows].to(self.device)]
+        for rows, part, ends in text_buckets(ids):
             order.append(rows)
-            embeds.append(self.text.text_projection(ends))
+            embeds.append(self.text(part.to(self.device), ends.to(self.device)))
         return torch.cat(embeds)[torch.cat(order).argsort().to(self.device)]
 
     def published_state(self) -> dict[str, Tensor]:
         """All weights under the names and in the shapes of the published checkpoints."""
-        state = to_published(self.vision.state_dict(), VISION_NAMES)
+        state = {f"{VISUAL}{name}": tensor for name, tensor in self.vision.state_dict().items()}
         if self.text is not None:
-            state |= to_published(self.text.state_dict(), TEXT_NAMES)
+            state |= self.text.state_dict()
             state["logit_scale"] = self.logit_scale.detach()
         return state
 
@@ -228,53 +221,29 @@ class RuClip(nn.Module):
         """Fill a model built on the meta device; StateDictError names published keys."""
         check_layout(self.published_state(), state, source)
         state = {name: tensor.float() for name, tensor in state.items()}
-        self.vision.load_state_dict(from_published(state, self.vision, VISION_NAMES), assign=True)
-        _restore_position_ids(self.vision)
+        logit_scale = state.pop("logit_scale", torch.tensor(math.log(1 / 0.07)))
+        visual = {name.removeprefix(VISUAL): t for name, t in state.items() if name.startswith(VISUAL)}
+        self.vision.load_state_dict(visual, assign=True)
         if self.text is not None:
-            self.text.load_state_dict(from_published(state, self.text, TEXT_NAMES), assign=True)
-            _restore_position_ids(self.text)
-        self.logit_scale = nn.Parameter(state.get("logit_scale", torch.tensor(math.log(1 / 0.07))))
+            text = {name: tensor for name, tensor in state.items() if not name.startswith(VISUAL)}
+            self.text.load_state_dict(text, assign=True)
+        self.logit_scale = nn.Parameter(logit_scale)
 
 
-def _vision_config(config: RuClipConfig) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=config.vision_width,
-        intermediate_size=4 * config.vision_width,
-        num_hidden_layers=config.vision_layers,
-        num_attention_heads=config.vision_width // HEAD_WIDTH,
-        image_size=config.image_resolution,
-        patch_size=config.vision_patch_size,
-        projection_dim=config.embed_dim,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-        attn_implementation="sdpa",
-    )
+def text_buckets(ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Texts int64 [N, L] by length, which depends on the text alone: numbers of rows [n], their ids [n, length]
+    without what follows ``<eos>`` but for padding, and the place of ``<eos>`` in each [n].
 
-
-def _text_config(config: RuClipConfig) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.transformer_width,
-        intermediate_size=4 * config.transformer_width,
-        num_hidden_layers=config.transformer_layers,
-        num_attention_heads=config.transformer_heads,
-        max_position_embeddings=config.context_length,
-        projection_dim=config.embed_dim,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-        pad_token_id=PAD_ID,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        attn_implementation="sdpa",
-    )
-
-
-def _restore_position_ids(tower: nn.Module) -> None:
-    # Not part of any checkpoint, so still on the meta device after loading.
-    for module in tower.modules():
-        ids = getattr(module, "position_ids", None)
-        if isinstance(ids, Tensor) and ids.is_meta:
-            module.register_buffer("position_ids", torch.arange(ids.shape[-1]).expand((1, -1)), persistent=False)
+    Raises CaptionerError for a row without ``<eos>``.
+    """
+    is_eos = ids == EOS_ID
+    if not is_eos.any(dim=1).all():
+        raise CaptionerError(f"every row of ids needs an <eos> ({EOS_ID}); use tokenize().")
+    at_eos = is_eos.int().argmax(dim=1)
+    needed = ((at_eos // TEXT_BUCKET + 1) * TEXT_BUCKET).clamp_max_(ids.shape[1])
+    for length in needed.unique().tolist():
+        rows = (needed == length).nonzero()[:, 0]
+        yield rows, ids[rows, :length], at_eos[rows]
 
 
 def _no_text_tower() -> CaptionerError:

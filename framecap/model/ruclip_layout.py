@@ -1,21 +1,19 @@
-"""ruCLIP's published layout: its ``config.json``, and its tensor names ↔ those of transformers' CLIP classes.
+"""ruCLIP's published layout: its ``config.json``, and where an OpenAI-layout checkpoint has its image tower.
 
-Source: ``ruclip`` 0.0.2 (ai-forever/ru-clip, ``model.py``), which follows OpenAI's CLIP. Knows nothing of
-files of weights or of arithmetic.
+Source: ``ruclip`` 0.0.2 (ai-forever/ru-clip, ``model.py``), which follows OpenAI's CLIP. Knows nothing about
+weight files or arithmetic.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from framecap.errors import CaptionerError, WeightsError
 from framecap.model.weights import read_json
@@ -25,32 +23,6 @@ logger = logging.getLogger(__name__)
 HEAD_WIDTH = 64
 PROTOTYPE_PREFIXES = ("visual_encoder.model.", "visual.", "")
 _TEXT_FIELDS = ("vocab_size", "transformer_width", "transformer_heads", "transformer_layers")
-
-# Published name ↔ name in transformers, tower by tower; ``attn.in_proj_*`` is the one that is also split.
-VISION_NAMES = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre": "vision_model.pre_layrnorm",
-    "visual.transformer.resblocks": "vision_model.encoder.layers",
-    "visual.ln_post": "vision_model.post_layernorm",
-    "visual.proj": "visual_projection.weight",
-}
-TEXT_NAMES = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "transformer.resblocks": "text_model.encoder.layers",
-    "ln_final": "text_model.final_layer_norm",
-    "text_projection": "text_projection.weight",
-}
-_BLOCK_NAMES = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "ln_2": "layer_norm2",
-}
-_TRANSPOSED = ("visual.proj", "text_projection")  # published [width, embed_dim], used as x @ proj
 
 
 @dataclass(frozen=True)
@@ -113,48 +85,6 @@ class RuClipConfig:
         """The published ``config.json``: without the text tower's fields where there is no text tower."""
         content = asdict(self)
         return {name: value for name, value in content.items() if self.transformer_layers or name not in _TEXT_FIELDS}
-
-
-def _published_name(name: str, names: Mapping[str, str]) -> tuple[str, int | None]:
-    """transformers' name → the published one, and which third of it (q, k, v) where attention is fused."""
-    head, rest = next(
-        (published, name.removeprefix(ours))
-        for published, ours in names.items()
-        if name == ours or name.startswith(f"{ours}.")
-    )
-    fused = re.fullmatch(r"(\.\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", rest)
-    if fused:
-        return f"{head}{fused[1]}.attn.in_proj_{fused[3]}", "qkv".index(fused[2])
-    for published, ours in _BLOCK_NAMES.items():
-        rest = rest.replace(f".{ours}.", f".{published}.")
-    return head + rest, None
-
-
-def to_published(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """A tower's state dict in transformers' names → the published names and shapes."""
-    published: dict[str, Tensor] = {}
-    thirds: dict[str, dict[int, Tensor]] = {}
-    for ours, tensor in state.items():
-        name, third = _published_name(ours, names)
-        if third is not None:
-            thirds.setdefault(name, {})[third] = tensor
-            if len(thirds[name]) == 3:
-                published[name] = torch.cat([thirds[name][i] for i in range(3)])
-        else:
-            published[name] = tensor.T if name in _TRANSPOSED else tensor
-    return published
-
-
-def from_published(state: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The published tensors → the state dict that ``module`` (a tower of transformers') takes."""
-    ours: dict[str, Tensor] = {}
-    for name in module.state_dict():
-        published, third = _published_name(name, names)
-        tensor = state[published]
-        if third is not None:
-            tensor = tensor.chunk(3)[third]
-        ours[name] = (tensor.T if published in _TRANSPOSED else tensor).contiguous()
-    return ours
 
 
 def openai_image_tower(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:

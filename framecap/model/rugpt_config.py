@@ -38,9 +38,7 @@ class RuGptConfig:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
-            raise CaptionerError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; check config.json."
-            )
+            raise CaptionerError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; check config.json.")
         if self.activation not in ACTIVATIONS:
             raise CaptionerError(
                 f"activation_function {self.activation!r} is not supported; known: {', '.join(ACTIVATIONS)}."

@@ -36,10 +36,13 @@ def _pin(array: np.ndarray) -> Tensor:
 
 
 def ahead(batches: Iterable[np.ndarray | Tensor], device: torch.device) -> Iterator[Tensor]:
-    """``batches`` of uint8, tensors if they are pinned, on ``device``, each copied while that before it is in use."""
+    """``batches`` of uint8 on ``device``; prefetches the next batch while the current one is in use.
+
+    Tensors must be pinned (see ``pinned``); arrays are pinned here.
+    """
     if device.type != "cuda":
         for batch in batches:
-            yield torch.from_numpy(batch.copy()) if isinstance(batch, np.ndarray) else batch  # it may be read-only
+            yield _as_tensor(batch)
         return
     copying, using = _copy_stream(device), torch.cuda.current_stream(device)
 
@@ -56,6 +59,13 @@ def ahead(batches: Iterable[np.ndarray | Tensor], device: torch.device) -> Itera
             yield _arrived(*sent.popleft(), using)
     if sent:
         yield _arrived(*sent.popleft(), using)
+
+
+def _as_tensor(batch: np.ndarray | Tensor) -> Tensor:
+    """``batch`` as it lies there; torch warns of read-only arrays, so these are copied."""
+    if isinstance(batch, Tensor):
+        return batch
+    return torch.from_numpy(batch if batch.flags.writeable else batch.copy())
 
 
 @functools.cache
