@@ -91,6 +91,11 @@ class PrefixBridge(nn.Module, ABC):
         super().__init__()
         self.config = config
 
+    @property
+    @abstractmethod
+    def first_layer(self) -> nn.Linear:
+        """The matrix that reads the features."""
+
     @abstractmethod
     def prefix(self, pooled: Tensor) -> Tensor:
         """[N, D] → [N, P·E] or [N, P, E]."""
@@ -113,6 +118,12 @@ class MlpBridge(PrefixBridge):
         hidden = size // 2
         self.model = nn.Sequential(nn.Linear(config.feature_size, hidden), nn.Tanh(), nn.Linear(hidden, size))
 
+    @property
+    def first_layer(self) -> nn.Linear:
+        layer = self.model[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def prefix(self, pooled: Tensor) -> Tensor:
         return self.model(pooled)
 
@@ -123,6 +134,10 @@ class LinearBridge(PrefixBridge):
     def __init__(self, config: BridgeConfig) -> None:
         super().__init__(config)
         self.linear = nn.Linear(config.feature_size, config.prefix_length * config.decoder_size)
+
+    @property
+    def first_layer(self) -> nn.Linear:
+        return self.linear
 
     def prefix(self, pooled: Tensor) -> Tensor:
         return self.linear(pooled)
@@ -137,6 +152,10 @@ class TransformerBridge(PrefixBridge):
         self.linear = nn.Linear(config.feature_size, config.clip_length * size)
         self.prefix_const = nn.Parameter(torch.randn(config.prefix_length, size))
         self.transformer = MapperTransformer(size, config.num_layers, config.num_heads)
+
+    @property
+    def first_layer(self) -> nn.Linear:
+        return self.linear
 
     def prefix(self, pooled: Tensor) -> Tensor:
         count = pooled.shape[0]

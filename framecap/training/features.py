@@ -25,12 +25,15 @@ from framecap.storage import sha256_file
 from framecap.training.disk import replace_file
 from framecap.training.pairs import Pair, PairColumns, PairUnit, read_unit
 
-DTYPES = {"pooled": np.float32, "patches": np.float16}
+DTYPES = {"pooled": np.float32, "patches": np.float16, "text": np.float32}
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What the features depend on, and how they are computed."""
+    """What the features depend on, and how they are computed.
+
+    ``feature``: ``pooled`` or ``patches`` of the images, or ``text``: each caption's own embedding.
+    """
 
     encoder: str
     feature: str
@@ -61,6 +64,12 @@ def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOp
     batch: list[tuple[int, Pair]] = []
 
     def flush() -> None:
+        if options.feature == "text":
+            rows.extend({"captions": pair.captions, "split": pair.split} for _, pair in batch)
+            if batch:
+                arrays.append(encode_texts(encoder, [pair.captions[0] for _, pair in batch]))
+            batch.clear()
+            return
         kept, pixels = [], []
         for place, pair in batch:
             try:
@@ -77,8 +86,11 @@ def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOp
         if pair.problem:
             bad.append({"row": place, "problem": pair.problem})
             continue
-        batch.append((place, pair))
-        if len(batch) == options.batch_size:
+        if options.feature == "text":  # each caption has features of its own
+            batch += [(place, Pair(None, [caption], pair.split)) for caption in pair.captions]
+        else:
+            batch.append((place, pair))
+        if len(batch) >= options.batch_size:
             flush()
     flush()
     part = {"path": unit.path, "row_group": unit.row_group, "rows": rows, "bad": bad}
@@ -94,6 +106,13 @@ def _encode(encoder: RuClip, pixels: torch.Tensor, feature: str) -> np.ndarray:
     features = encoder.image_features(pixels)
     tensor = features.patches if feature == "patches" else features.pooled
     return tensor.float().cpu().numpy().astype(DTYPES[feature])
+
+
+@torch.inference_mode()
+def encode_texts(encoder: RuClip, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings of ``texts`` by the text tower, not normalised, float32 [N, D]."""
+    embedded: np.ndarray = encoder.encode_text(encoder.tokenize(texts)).float().cpu().numpy()
+    return embedded
 
 
 def _part(folder: Path, index: int, ending: str) -> Path:

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from framecap.errors import TrainingError
+from framecap.model.ruclip import ImageFeatures
 from framecap.training.checkpoint import Progress, load_best, load_checkpoint, save_best, save_checkpoint
 from framecap.training.curve import Curve, CurveRow, progress_line
 from framecap.training.examples import Examples, batch_at, collate, shares
@@ -27,6 +29,7 @@ from framecap.training.features import EncodedPairs
 from framecap.training.loss import CaptionLoss
 from framecap.training.optimise import Optimiser, choose_precision
 from framecap.training.settings import TrainSettings
+from framecap.training.text_space import TextSpace
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +62,12 @@ class Team:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Features of all images, and the examples of both splits."""
+    """Features of all images, and the examples of both splits; ``space`` when they are texts instead of images."""
 
     pairs: EncodedPairs
     training: Examples
     validation: Examples
+    space: TextSpace | None = None
 
 
 def total_steps(settings: TrainSettings, examples: int) -> int:
@@ -123,10 +127,14 @@ class Trainer:
         settings, team, training = self.settings, self.team, self.data.training
         batch = batch_at(step, len(training), settings.batch_size, settings.seed)
         tokens = training.token_count(batch)
-        pieces = list(shares(batch, team.rank, team.world, settings.accumulate))
-        for number, piece in enumerate(pieces, 1):
+        space = self.data.space
+        noise = None if space is None else space.noise(settings.seed, step, len(batch))
+        pieces = list(shares(np.arange(len(batch)), team.rank, team.world, settings.accumulate))
+        for number, places in enumerate(pieces, 1):
+            piece = batch[places]
             with self._gradients_shared(number == len(pieces)):
-                loss = self._loss(self.parallel or self.model, training, piece)
+                added = None if noise is None else noise[places]
+                loss = self._loss(self.parallel or self.model, training, piece, added)
                 # DDP averages over workers; the batch's loss is a mean over all its tokens.
                 self.optimiser.backward(loss * (team.world / tokens))
             self.progress.window_loss += float(loss.detach())
@@ -139,9 +147,15 @@ class Trainer:
         with nullcontext() if self.parallel is None or now else self.parallel.no_sync():
             yield
 
-    def _loss(self, module: torch.nn.Module, examples: Examples, chosen: np.ndarray) -> torch.Tensor:
+    def _loss(
+        self, module: torch.nn.Module, examples: Examples, chosen: np.ndarray, noise: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Summed loss of the examples ``chosen``; ``noise`` [B, D] is added to their features at length 1."""
         device = self.team.device
         features = self.data.pairs.features(examples.images[chosen], device)
+        if noise is not None:
+            pooled = F.normalize(features.pooled, dim=-1) + torch.from_numpy(noise).to(device)
+            features = ImageFeatures(pooled, features.patches)
         targets = collate(examples, chosen, device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not torch.float32):
             loss: torch.Tensor = module(features, targets)

@@ -1,10 +1,11 @@
-"""Pairs of image and captions, read from Parquet row group by row group.
+"""Pairs of image and captions, read from Parquet row group by row group, and sentences without images.
 
 Knows nothing of encoders or tokens. A pair that cannot be used says why and is left to the caller to count.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,11 +20,13 @@ from framecap.training.scored_texts import list_data_files
 from framecap.training.settings import TrainSettings
 
 READ_ROWS = 64  # rows of images held at once
+LINES = 10_000  # sentences of a text file in one unit
+TEXT_FILE = ".txt"
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Names of the columns; ``split`` is empty where the files have no such column."""
+    """Names of the columns; ``split`` is empty where the files have no such column, ``image`` where none is read."""
 
     image: str
     caption: str
@@ -32,7 +35,10 @@ class PairColumns:
 
 @dataclass(frozen=True)
 class PairUnit:
-    """One row group of one file: the unit of encoding. ``index`` fixes the order of all pairs."""
+    """One row group of one file, or ``LINES`` lines of a text file: the unit of encoding.
+
+    ``index`` fixes the order of all pairs.
+    """
 
     index: int
     uri: str
@@ -61,20 +67,25 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
 
     Raises TrainingError for a file that is not Parquet, a missing column, or no rows at all.
     """
+    is_text = settings.train_on == "text"
     try:
-        fs, paths = list_data_files(settings.pairs)
+        fs, paths = list_data_files(settings.pairs, (".parquet", TEXT_FILE) if is_text else (".parquet",))
     except EvaluationError as error:
         raise TrainingError(str(error)) from error
     units: list[PairUnit] = []
     with_split: dict[str, bool] = {}
     for path in paths:
+        if is_text and path.endswith(TEXT_FILE):
+            with_split[path] = False
+            units += _units_of_lines(fs, path, settings.pairs, len(units))
+            continue
         try:
             with fs.open(path, "rb") as stream:
                 metadata = pq.ParquetFile(stream).metadata
         except (pa.ArrowInvalid, OSError) as error:
             raise TrainingError(f"{path} cannot be read as Parquet: {error}") from error
         names = metadata.schema.to_arrow_schema().names
-        for column in (settings.image_column, settings.caption_column):
+        for column in (settings.caption_column,) if is_text else (settings.image_column, settings.caption_column):
             if column not in names:
                 raise TrainingError(f"{path} has no column {column!r}; it has {', '.join(names)}")
         with_split[path] = settings.split_column in names
@@ -92,7 +103,18 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
     split = settings.split_column if all(with_split.values()) else ""
     if split:
         check_split(Counter(_splits(fs, paths, split)), settings)
-    return units, PairColumns(settings.image_column, settings.caption_column, split)
+    return units, PairColumns("" if is_text else settings.image_column, settings.caption_column, split)
+
+
+def _units_of_lines(fs: Any, path: str, uri: str, first: int) -> list[PairUnit]:
+    """The units of a text file; empty lines count, so that a unit's place follows from its number."""
+    with fs.open(path, "rb") as stream:
+        lines = sum(1 for _ in stream)
+    signature = mark(fs.info(path))
+    return [
+        PairUnit(first + number, uri, path, number, min(LINES, lines - number * LINES), signature)
+        for number in range(-(-lines // LINES))
+    ]
 
 
 def check_split(found: Counter[str | None], settings: TrainSettings) -> None:
@@ -109,8 +131,11 @@ def _splits(fs: Any, paths: list[str], column: str) -> Iterator[str | None]:
 
 
 def read_unit(unit: PairUnit, columns: PairColumns) -> Iterator[Pair]:
-    """The pairs of one row group, in row order."""
+    """The pairs of one unit, in row order."""
     fs, _ = open_fs(unit.uri)
+    if unit.path.endswith(TEXT_FILE):
+        yield from _read_lines(fs, unit)
+        return
     wanted = [name for name in (columns.image, columns.caption, columns.split) if name]
     try:
         with fs.open(unit.path, "rb") as stream:
@@ -122,8 +147,19 @@ def read_unit(unit: PairUnit, columns: PairColumns) -> Iterator[Pair]:
         raise TrainingError(f"{unit.path}, row group {unit.row_group} cannot be read: {error}") from error
 
 
+def _read_lines(fs: Any, unit: PairUnit) -> Iterator[Pair]:
+    start = unit.row_group * LINES
+    with fs.open(unit.path, "rb") as stream:
+        for number, line in enumerate(itertools.islice(stream, start, start + LINES), start + 1):
+            try:
+                sentence = " ".join(line.decode("utf-8-sig").split())
+            except UnicodeDecodeError as error:
+                raise TrainingError(f"{unit.path}, line {number} is not UTF-8: {error}; convert the file") from error
+            yield Pair(None, [sentence] if sentence else [], None, None if sentence else "no caption")
+
+
 def _pair(row: Mapping[str, Any], columns: PairColumns) -> Pair:
-    image, value = row[columns.image], row[columns.caption]
+    image, value = row[columns.image] if columns.image else None, row[columns.caption]
     if isinstance(image, dict):
         image = image.get("bytes")
     texts = [value] if isinstance(value, str) else list(value or [])
@@ -131,6 +167,6 @@ def _pair(row: Mapping[str, Any], columns: PairColumns) -> Pair:
     split = row[columns.split] if columns.split else None
     if not captions:
         return Pair(image, [], split, "no caption")
-    if not isinstance(image, bytes) or not image:
+    if columns.image and (not isinstance(image, bytes) or not image):
         return Pair(None, captions, split, "no image")
     return Pair(image, captions, split)

@@ -20,7 +20,7 @@ from framecap.training.disk import clear_disk_errors
 from framecap.training.settings import TrainSettings
 
 CAPTIONER = "captioner"  # in the work folder: what is uploaded to an out that is no folder here
-_LOCATIONS = ("encoder", "decoder", "pairs", "out", "work_dir")
+_LOCATIONS = ("encoder", "decoder", "pairs", "gap_pairs", "out", "work_dir")
 
 
 def reach(options: dict[str, object], uris: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from framecap.errors import MissingFileError, TrainingError
+from framecap.errors import MissingFileError, SettingsError, TrainingError
 from framecap.model.bridge import BridgeConfig, build_bridge
 from framecap.model.captioner_config import check_fit
 from framecap.model.ruclip import RuClip, RuClipConfig
@@ -33,6 +33,7 @@ from framecap.training.loss import CaptionLoss
 from framecap.training.pairs import PairUnit, plan_units
 from framecap.training.places import check_out, fetch_checkpoint, reach, with_absolute_paths
 from framecap.training.settings import TrainSettings
+from framecap.training.text_space import TextSpace, measure_text_space
 
 # Settings that may change between a run and its resumption.
 _PLACES = {"encoder", "decoder", "pairs", "out", "work_dir"}  # their content is in the identity instead
@@ -67,13 +68,15 @@ def make_plan(settings: TrainSettings, device: str) -> TrainPlan:
 
     Raises SettingsError, StorageError, MissingFileError, BridgeMismatchError, TrainingError.
     """
-    reach(settings.storage_options, (settings.encoder, settings.decoder, settings.pairs, settings.out))
+    places = (settings.encoder, settings.decoder, settings.pairs, settings.gap_pairs, settings.out)
+    reach(settings.storage_options, places)
     settings = with_absolute_paths(settings)
     check_out(settings)
     settings = with_local_checkpoints(settings)
     units, columns = plan_units(settings)
     bridge = bridge_config(settings)
-    encode = EncodeOptions(settings.encoder, bridge.feature, columns, settings.encode_batch_size, device)
+    feature = "text" if settings.train_on == "text" else bridge.feature
+    encode = EncodeOptions(settings.encoder, feature, columns, settings.encode_batch_size, device)
     run_dir = Path(settings.run_dir)
     with clear_disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,9 @@ def bridge_config(settings: TrainSettings) -> BridgeConfig:
     """Sizes of the bridge from the two checkpoints it joins."""
     encoder = RuClipConfig.from_file(_config(settings.encoder, "--encoder"))
     decoder = RuGpt.from_pretrained(settings.decoder).config
-    crosses = settings.bridge == "cross_attention"
+    crosses, from_text = settings.bridge == "cross_attention", settings.train_on == "text"
+    if from_text and not encoder.transformer_layers:
+        raise SettingsError(f"--train-on text: the encoder {settings.encoder} has no text tower; give one that has")
     bridge = BridgeConfig(
         kind=settings.bridge,
         feature_size=encoder.vision_width if crosses else encoder.embed_dim,
@@ -104,7 +109,7 @@ def bridge_config(settings: TrainSettings) -> BridgeConfig:
         clip_length=settings.clip_length,
         num_layers=settings.bridge_layers,
         num_heads=settings.bridge_heads,
-        normalize_features=settings.normalize_features,
+        normalize_features=settings.normalize_features or from_text,
     )
     check_fit(bridge, encoder, decoder)
     if (room := caption_room(bridge, decoder, settings)) < 2:
@@ -164,6 +169,12 @@ def encode_here(plan: TrainPlan) -> None:
             encode_unit(encoder, unit, plan.features, plan.encode)
 
 
+def prepare_text_space(plan: TrainPlan) -> None:
+    """For training on text: measure noise and shift, and leave them in the run's folder for all workers."""
+    if plan.settings.train_on == "text":
+        measure_text_space(plan.settings, "cpu").save(plan.run_dir)
+
+
 def build_model(plan: TrainPlan, device: torch.device) -> CaptionLoss:
     """Bridge (random by the run's seed) and decoder on ``device``, in fp32."""
     settings = plan.settings
@@ -183,4 +194,5 @@ def load_data(plan: TrainPlan, decoder: RuGpt) -> tuple[TrainingData, int]:
     pairs = EncodedPairs.open(plan.features, plan.units, plan.bridge.feature)
     pairs.check_bad(settings.max_bad_pairs)
     tokens, cut = tokenise(pairs.captions, decoder, caption_room(plan.bridge, decoder.config, settings))
-    return TrainingData(pairs, *split_examples(pairs, tokens, settings)), cut
+    space = TextSpace.load(plan.run_dir) if settings.train_on == "text" else None
+    return TrainingData(pairs, *split_examples(pairs, tokens, settings), space), cut

@@ -23,8 +23,9 @@ from framecap.training.disk import clear_disk_errors, replace_file
 from framecap.training.loop import Team, Trainer
 from framecap.training.loss import CaptionLoss
 from framecap.training.places import CAPTIONER, upload
-from framecap.training.plan import TrainPlan, build_model, encode_here, load_data, make_plan
+from framecap.training.plan import TrainPlan, build_model, encode_here, load_data, make_plan, prepare_text_space
 from framecap.training.settings import TrainSettings
+from framecap.training.text_space import move_to_images
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def train_locally(settings: TrainSettings) -> Path:
     device = choose_device(settings.device)
     plan = make_plan(settings, str(device))
     encode_here(plan)
+    prepare_text_space(plan)
     check_data(plan)
     train_worker(plan, Team(device=device))
     return publish(plan)
@@ -54,6 +56,7 @@ def train_captioner(settings: TrainSettings) -> Path:
     plan = make_plan(settings, device="auto")
     device = connect(settings)
     encode_on_ray(plan, device)
+    prepare_text_space(plan)
     check_data(plan)
     train_on_ray(plan, device)
     return publish(plan)
@@ -85,6 +88,8 @@ def train_worker(plan: TrainPlan, team: Team) -> Progress:
     trainer = Trainer(model, data, plan.settings, plan.run_dir, team, plan.identity)
     progress = trainer.train()
     if team.leads:
+        if data.space is not None:
+            move_to_images(model.bridge, data.space)
         leave_result(plan, model, progress, trainer.steps)
     return progress
 

@@ -15,7 +15,10 @@ class TrainSettings(JobSettings):
 
     encoder: str = Field(description="ruCLIP checkpoint: folder or URI of one")
     decoder: str = Field(description="ruGPT3 checkpoint in the transformers layout: folder or URI")
-    pairs: str = Field(description="Parquet file, folder or glob with image, caption and optional split")
+    pairs: str = Field(
+        description="Parquet file, folder or glob with image, caption and optional split; with --train-on text also "
+        "text files, one sentence a line"
+    )
     out: str = Field(description="captioner directory to write, a folder or URI that does not exist yet")
     work_dir: str = Field(
         "", description="folder on a disk that all nodes see, for features, checkpoints and curves; default OUT.run"
@@ -32,6 +35,17 @@ class TrainSettings(JobSettings):
     max_bad_pairs: float = Field(
         0.05, ge=0, le=1, description="largest share of pairs without caption or decodable image"
     )
+
+    train_on: Literal["pairs", "text"] = Field(
+        "pairs", description="text: captions alone; the encoder's text tower gives the features (CapDec)"
+    )
+    noise_variance: float | None = Field(
+        None,
+        ge=0,
+        description="text: variance of each feature's noise; default: from --gap-pairs, else CapDec's 0.016",
+    )
+    gap_pairs: str = Field("", description="text: a few pairs (Parquet) that show how far images lie from their texts")
+    center: bool = Field(False, description="text: subtract the mean of images and of texts; needs --gap-pairs")
 
     bridge: Literal["mlp", "linear", "transformer", "cross_attention"] = Field("mlp", description="kind of bridge")
     prefix_length: int = Field(10, ge=1, description="prefix embeddings (all bridges but cross_attention)")
@@ -74,6 +88,14 @@ class TrainSettings(JobSettings):
     def _consistent(self) -> TrainSettings:
         if self.bridge not in BRIDGES:
             raise ValueError(f"bridge {self.bridge!r} is unknown; known: {', '.join(BRIDGES)}")
+        if self.train_on == "text" and self.bridge == "cross_attention":
+            raise ValueError("--train-on text needs a bridge over pooled features: mlp, linear or transformer")
+        if self.train_on == "pairs" and (self.noise_variance is not None or self.gap_pairs or self.center):
+            raise ValueError(
+                "--noise-variance, --gap-pairs and --center need --train-on text; add it or drop them"
+            )
+        if self.center and not self.gap_pairs:
+            raise ValueError("--center needs --gap-pairs, from which the means are measured")
         share = self.workers * self.accumulate
         if self.batch_size % share:
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of workers x accumulate = {share}")
