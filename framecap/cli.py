@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -14,7 +13,8 @@ from typing import NoReturn
 
 from framecap import __version__
 from framecap.errors import FramecapError, SettingsError, StoreUnavailableError
-from framecap.storage import MANIFEST, is_local, join, manifest_files, read_bytes
+from framecap.manifest import manifest_files
+from framecap.storage import is_local
 
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_SOME_FAILED, EXIT_RUN_AGAIN, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
 _REMOTE = "Folders may be URIs (s3://, gs://, abfs://); FRAMECAP_STORAGE_OPTIONS holds their backend's options as JSON."
@@ -164,8 +164,7 @@ def _check(args: argparse.Namespace) -> int:
 
     uri = str(args.captioner or os.environ.get("FRAMECAP_CAPTIONER") or bundled_captioner())
     captioner = Captioner.from_pretrained(uri, "cpu", "float32")
-    manifest = read_bytes(join(uri, MANIFEST))
-    files = manifest_files(manifest, uri)
+    files = manifest_files(captioner.manifest, uri)
     encoder, bridge, decoder = captioner.encoder.config, captioner.config.bridge, captioner.decoder.config
     parts = (captioner.encoder, captioner.bridge, captioner.decoder)
     counts = [f"{sum(weight.numel() for weight in part.parameters()) / 1e6:.1f} M parameters" for part in parts]
@@ -173,7 +172,7 @@ def _check(args: argparse.Namespace) -> int:
     text = "with" if captioner.encoder.has_text else "without"
     size = sum(entry["size"] for entry in files.values()) / 1e6
     print(
-        f"{uri}: whole, {len(files)} files, {size:,.1f} MB, manifest sha256 {hashlib.sha256(manifest).hexdigest()}\n"
+        f"{uri}: whole, {len(files)} files, {size:,.1f} MB, manifest sha256 {captioner.fingerprint}\n"
         f"encoder  {counts[0]}, {encoder.image_resolution} pixels in patches of "
         f"{encoder.vision_patch_size}, {encoder.vision_layers} layers of {encoder.vision_width}, {text} text tower\n"
         f"bridge   {bridge.kind}{layers}\n"

@@ -90,6 +90,23 @@ class ChecksumError(CaptionerError):
     """A file differs from what manifest.json says of it."""
 
 
+class CaptionerChangedError(CaptionerError):
+    """Another captioner lies at a URI than the one that a run was planned with (exit 75: run again).
+
+    ``uri``: where it lies.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        super().__init__(
+            f"the captioner at {uri} was replaced while the run was under way; run the same command again, "
+            "so that all captions are of the new one"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (CaptionerChangedError, (self.uri,))
+
+
 class BridgeMismatchError(CaptionerError):
     """The bridge's sizes do not fit the encoder or the decoder."""
 

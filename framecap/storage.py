@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -37,10 +37,10 @@ from framecap.errors import (
     StorageError,
     StoreUnavailableError,
 )
+from framecap.manifest import MANIFEST, manifest_files, verify_manifest
 
 OPTIONS_VARIABLE = "FRAMECAP_STORAGE_OPTIONS"
 CACHE_VARIABLE = "FRAMECAP_CACHE"
-MANIFEST = "manifest.json"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::[a-z0-9+.-]+://)")
 _LOCAL = ("file", "local")
 _BACKENDS = {"s3": "s3fs", "gcs": "gcsfs", "azure": "adlfs"}  # object store → package
@@ -300,20 +300,21 @@ def naming(error: OSError, text: str) -> StorageError:
     return kind(f"{text}: {error}")
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a local file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def cache_root() -> Path:
     """Where copies of remote captioners live: ``$FRAMECAP_CACHE``, else ``~/.cache/framecap``."""
     configured = os.environ.get(CACHE_VARIABLE)
     return Path(configured) if configured else Path.home() / ".cache" / "framecap"
 
 
-def local_copy(uri: str | os.PathLike[str]) -> Path:
-    """A local folder that holds the captioner at ``uri``, its checksums verified.
+class CaptionerCopy(NamedTuple):
+    """A local folder that holds a captioner, and the manifest that it was checked against."""
+
+    folder: Path
+    manifest: bytes
+
+
+def verified_copy(uri: str | os.PathLike[str]) -> CaptionerCopy:
+    """A local folder that holds the captioner at ``uri``, with every file as its manifest says, checked now.
 
     A local folder is used where it stands. A remote one is copied once per node into ``cache_root()``, under
     the sha256 of its manifest, safely with many processes at once: one copies under a file lock, the others
@@ -321,74 +322,45 @@ def local_copy(uri: str | os.PathLike[str]) -> Path:
 
     Raises:
         MissingFileError: no captioner is there.
-        ChecksumError: a file differs from the manifest.
+        ChecksumError: a file differs from the manifest, or could be loaded and is not in it.
     """
     if is_local(uri):
-        _, path = open_fs(uri)
-        folder = Path(path)
+        folder = Path(open_fs(uri)[1])
         if not folder.is_dir():
             raise MissingFileError(f"{folder} is not a captioner directory; make one with `framecap assemble`")
-        verify_manifest(folder)
-        return folder
+        return CaptionerCopy(folder, verify_manifest(folder))
     with backend_errors(uri):
         manifest = read_bytes(join(uri, MANIFEST))
     target = cache_root() / hashlib.sha256(manifest).hexdigest()
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            _download(uri, manifest, target)
-    return target
-
-
-def verify_manifest(folder: Path) -> None:
-    """Check every file of ``folder`` against its manifest.json (size, then sha256).
-
-    Raises:
-        MissingFileError: the manifest or a file that it lists is not there.
-        ChecksumError: a file differs from the manifest.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist; a captioner directory is made with `framecap assemble`")
-    for name, entry in manifest_files(path.read_bytes(), str(path)).items():
-        file = folder / name
-        if not file.is_file():
-            raise MissingFileError(f"{file} is listed in {MANIFEST} but does not exist; copy the captioner again")
-        size = file.stat().st_size
-        if size != entry["size"]:
-            raise ChecksumError(f"{file} has {size} bytes, {MANIFEST} says {entry['size']}; copy the captioner again")
-        digest = sha256_file(file)
-        if digest != entry["sha256"]:
-            raise ChecksumError(
-                f"{file} has sha256 {digest}, {MANIFEST} says {entry['sha256']}; copy the captioner again"
-            )
-
-
-def manifest_files(data: bytes, source: str) -> dict[str, dict[str, Any]]:
-    """The ``files`` table of a manifest: relative path → ``{"sha256": hex, "size": bytes}``.
-
-    Raises:
-        ChecksumError: the manifest is damaged, or names a path outside its folder.
-    """
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                _download(uri, manifest, target)
+                return CaptionerCopy(target, manifest)
     try:
-        files = json.loads(data)["files"]
-        entries = {str(name): {"sha256": str(e["sha256"]), "size": int(e["size"])} for name, e in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        held = verify_manifest(target)
+        if held != manifest:
+            raise ChecksumError(f"{target / MANIFEST} is not the one at {os.fspath(uri)}")
+    except (MissingFileError, ChecksumError) as error:
         raise ChecksumError(
-            f"{source} is not a captioner manifest ({error!r}); assemble the captioner again"
+            f"the copy of {os.fspath(uri)} on this node was changed ({error}); delete {target}, it is made anew"
         ) from error
-    for name in entries:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ChecksumError(f"{source} lists {name!r}, which lies outside its folder; assemble the captioner again")
-    return entries
+    return CaptionerCopy(target, manifest)
+
+
+def local_copy(uri: str | os.PathLike[str]) -> Path:
+    """The folder of ``verified_copy``."""
+    return verified_copy(uri).folder
 
 
 def _download(uri: str | os.PathLike[str], manifest: bytes, target: Path) -> None:
+    """Copy a captioner to ``target``; needs its lock, whose holder may also delete what a killed one left."""
     fs, root = open_fs(uri)
-    temporary = Path(tempfile.mkdtemp(prefix="copy-", dir=target.parent))
+    for left in target.parent.glob(f"copy-{target.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"copy-{target.name}-", dir=target.parent))
     try:
         for name in manifest_files(manifest, join(uri, MANIFEST)):
             file = temporary / name

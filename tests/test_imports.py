@@ -14,7 +14,7 @@ PACKAGE = Path(framecap.__file__).parent
 # A layer may import itself and every layer above it in this list.
 LAYERS = [
     {"errors", "schema", "_root"},
-    {"storage", "stores", "settings", "shards", "row_batches", "ray_cluster"},
+    {"manifest", "storage", "stores", "settings", "shards", "row_batches", "ray_cluster"},
     {"model"},
     {
         "pipeline",

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framecap.errors import FrameError, SettingsError
+from framecap.errors import CaptionerChangedError, FrameError, SettingsError
+from framecap.manifest import MANIFEST
 from framecap.model.bridge import Bridge, build_bridge
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
 from framecap.model.devices import choose_device, choose_dtype
@@ -31,7 +32,7 @@ from framecap.model.packed import pack_linears, use_eight_bits
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.rugpt import RuGpt
 from framecap.model.weights import load_strictly, read_state_dict
-from framecap.storage import MANIFEST, local_copy
+from framecap.storage import verified_copy
 
 BRIDGE_WEIGHTS = "bridge.safetensors"
 BRIDGE_PREFIX = "bridge."
@@ -92,10 +93,12 @@ class Captioner:
         decoder: RuGpt,
         config: CaptionerConfig,
         source: Path | None = None,
+        manifest: bytes = b"",
     ) -> None:
+        """``source``: the directory that it was loaded from, with the content of its manifest."""
         check_fit(config.bridge, encoder.config, decoder.config)
         self.encoder, self.bridge, self.decoder, self.config = encoder, bridge, decoder, config
-        self._source = source
+        self._source, self.manifest = source, manifest
         self.generator = Generator(decoder)
         self._encode_images = ImageEncoder(encoder, config.bridge.feature == "patches")
         self._encode_texts = TextEncoder(encoder)
@@ -106,17 +109,22 @@ class Captioner:
         uri: str | os.PathLike[str],
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        expected: str | None = None,
     ) -> Captioner:
-        """Load a captioner directory, local or at any fsspec URI (copied once per node, checksums verified).
+        """Load a captioner directory, local or at any fsspec URI (copied once per node). Its files are compared with
+        the checksums of its manifest each time; ``expected``: the ``fingerprint`` that it must have.
 
         ``auto``: CUDA and float16 where there is a GPU, else CPU and float32. ``int8``: the matrices of a CPU's
         float32 captioner in 8 bits, faster and slightly less exact (``framecap.model.packed``).
 
         Raises:
             MissingFileError, ChecksumError, WeightsError, StateDictError, BridgeMismatchError: see each.
+            CaptionerChangedError: another captioner is there than ``expected``, or it was replaced meanwhile.
             SettingsError: no such device or dtype here.
         """
-        directory = local_copy(uri)
+        directory, manifest = verified_copy(uri)
+        if expected not in (None, hashlib.sha256(manifest).hexdigest()):
+            raise CaptionerChangedError(os.fspath(uri))
         place = choose_device(device)
         weights = choose_dtype(dtype, place)
         kind = torch.float32 if weights is torch.int8 else weights
@@ -127,11 +135,13 @@ class Captioner:
         check_fit(config.bridge, encoder.config, decoder.config)
         bridge = build_bridge(config.bridge)
         load_bridge(directory / BRIDGE_WEIGHTS, bridge, decoder)
+        if (directory / MANIFEST).read_bytes() != manifest:  # the folder was replaced while it was read
+            raise CaptionerChangedError(os.fspath(uri))
         pack_linears(bridge)
         if weights is torch.int8:
             use_eight_bits(encoder)
             use_eight_bits(decoder)
-        return cls(encoder, bridge.to(place, kind).eval(), decoder, config, directory)
+        return cls(encoder, bridge.to(place, kind).eval(), decoder, config, directory, manifest)
 
     @property
     def resolution(self) -> int:
@@ -143,14 +153,15 @@ class Captioner:
         """Where the weights are."""
         return self.encoder.device
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """sha256 of manifest.json, so of every file of the captioner directory.
+        """sha256 of manifest.json, so of every file of the captioner directory, as it was loaded.
 
         Raises:
             SettingsError: the captioner was not loaded from a directory.
         """
-        return hashlib.sha256((self._directory() / MANIFEST).read_bytes()).hexdigest()
+        self._directory()
+        return hashlib.sha256(self.manifest).hexdigest()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Copy the captioner's files, as published, to a local folder that is absent or empty."""

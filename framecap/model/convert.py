@@ -6,7 +6,6 @@ AlexWortega/ruImageCaptioning (``coco_prefix_latest.pt``: OpenAI's ViT-B/32, ruG
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from framecap.errors import BridgeMismatchError, CaptionerError, MissingFileError, SettingsError, StateDictError
+from framecap.manifest import write_manifest
 from framecap.model.bridge import BridgeConfig, build_bridge
 from framecap.model.captioner import BRIDGE_PREFIX, BRIDGE_WEIGHTS, load_bridge_state
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
@@ -23,7 +23,6 @@ from framecap.model.ruclip import RuClip
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
 from framecap.model.weights import check_layout, find_weights, index_of, read_state_dict, write_state_dict
-from framecap.storage import MANIFEST, sha256_file
 
 CLIPCAP_DECODER, CLIPCAP_BRIDGE = "gpt.", "clip_project."
 CLIPCAP_STOP = "."
@@ -40,17 +39,6 @@ CHECKPOINT_FILES = frozenset(
         "added_tokens.json",
     }
 )
-
-
-def write_manifest(directory: str | Path) -> None:
-    """Write manifest.json: sha256 and size in bytes of every file below ``directory``, in name order."""
-    root = Path(directory)
-    files = {
-        path.relative_to(root).as_posix(): {"sha256": sha256_file(path), "size": path.stat().st_size}
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    (root / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def assemble(

@@ -23,6 +23,7 @@ from framecap.model.plain_pickle import needs_plain_reader, read_plainly
 SAFETENSORS_NAME = "model.safetensors"
 PICKLE_NAME = "pytorch_model.bin"
 _INDEX_NAMES = (f"{SAFETENSORS_NAME}.index.json", f"{PICKLE_NAME}.index.json")
+_SHARD_ENDINGS = (".safetensors", ".bin")
 # Keys that training frameworks put a state dict under (Lightning, fairseq, DeepSpeed), beside optimiser and epoch.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # What DistributedDataParallel, torch.compile and a Lightning module named "model" put before every name.
@@ -53,13 +54,24 @@ def find_weights(directory: str | Path) -> list[Path]:
             return [directory / name]
     for name in _INDEX_NAMES:
         if (directory / name).is_file():
-            shards = read_json(directory / name).get("weight_map", {})
-            if not isinstance(shards, dict) or not shards:
-                raise WeightsError(f"{directory / name} names no shards in 'weight_map'; fetch it again.")
-            return [directory / shard for shard in sorted(set(shards.values()))]
+            return [directory / shard for shard in _indexed_shards(directory / name)]
     raise MissingFileError(
         f"{directory} holds neither {SAFETENSORS_NAME} nor {PICKLE_NAME}; put the checkpoint's weights there."
     )
+
+
+def _indexed_shards(index: Path) -> list[str]:
+    """The weight files that an index names, which must lie beside it, in name order."""
+    shards = read_json(index).get("weight_map", {})
+    if not isinstance(shards, dict) or not shards:
+        raise WeightsError(f"{index} names no shards in 'weight_map'; fetch it again.")
+    for shard in shards.values():
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(_SHARD_ENDINGS):
+            raise WeightsError(
+                f"{index} names {shard!r} as a shard, which is no {' or '.join(_SHARD_ENDINGS)} file beside it; "
+                "fetch it again."
+            )
+    return sorted(set(shards.values()))
 
 
 def index_of(weights: list[Path]) -> str | None:

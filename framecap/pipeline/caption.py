@@ -17,7 +17,7 @@ import ray
 import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 
-from framecap.errors import NoProgressError, SettingsError
+from framecap.errors import FramecapError, NoProgressError, SettingsError
 from framecap.pipeline.job import Job, Resources
 from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ReadOptions, read_units
@@ -169,15 +169,22 @@ class _Reader:
 
 
 class _Actor:
-    """``CaptionActor`` with the storage options of the driver."""
+    """``CaptionActor`` with the storage options of the driver. One that cannot start says why in place of its first
+    record: of an exception in a constructor Ray passes on only the text."""
 
     def __init__(self, options: ActorOptions, storage: str) -> None:
         from framecap.pipeline.stages import CaptionActor  # torch and the models: not on the driver
 
         _use_storage(storage)
-        self._captioner = CaptionActor(options)
+        self._captioner: CaptionActor | FramecapError
+        try:
+            self._captioner = CaptionActor(options)
+        except FramecapError as error:
+            self._captioner = error
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        if isinstance(self._captioner, FramecapError):
+            return pa.table({"record": [pickle.dumps(self._captioner)]})
         return self._captioner(block)
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from framecap.errors import CaptionerError, LockedError, SettingsError, StorageError, StoreUnavailableError
+from framecap.errors import (
+    CaptionerChangedError,
+    CaptionerError,
+    LockedError,
+    SettingsError,
+    StorageError,
+    StoreUnavailableError,
+)
+from framecap.stores import failure_kind
 
 EXIT_DONE, EXIT_CRASHED, EXIT_SETTINGS, EXIT_FAILED, EXIT_WORK_LEFT = 0, 1, 2, 3, 75
 RUN_AGAIN_KINDS = frozenset({"unavailable", "no_space"})  # of a ``ShardError``: nothing is wrong with the shard
@@ -10,7 +18,9 @@ RUN_AGAIN_KINDS = frozenset({"unavailable", "no_space"})  # of a ``ShardError``:
 
 def exit_code_of(error: BaseException) -> int:
     """The exit code of a run that ``error`` ended."""
-    if isinstance(error, LockedError | StoreUnavailableError | KeyboardInterrupt):
+    if isinstance(error, CaptionerChangedError | LockedError | StoreUnavailableError | KeyboardInterrupt):
+        return EXIT_WORK_LEFT
+    if failure_kind(error, "") in RUN_AGAIN_KINDS:  # a full disk
         return EXIT_WORK_LEFT
     if isinstance(error, SettingsError | CaptionerError | StorageError | PermissionError):
         return EXIT_SETTINGS

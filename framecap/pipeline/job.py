@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -28,17 +29,17 @@ from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, InputColum
 from framecap.settings import flag
 from framecap.shards import Listing, check_places, fit_output, list_input, printable
 from framecap.storage import (
-    MANIFEST,
     OPTIONS_VARIABLE,
+    CaptionerCopy,
     absolute_uri,
     check_endpoint,
     exists,
     is_local,
     join,
-    local_copy,
     name_scheme,
     open_fs,
     storage_options,
+    verified_copy,
 )
 
 
@@ -62,6 +63,7 @@ class Job:
     run_id: str
     source: Listing
     captioner: str
+    captioner_copy: CaptionerCopy
     resolution: int
     embedding_size: int | None
     decode: DecodeOptions
@@ -107,7 +109,7 @@ class Job:
         models, hence late."""
         from framecap.model.captioner_config import check_options
 
-        check_options(local_copy(self.captioner), self.decode)
+        check_options(self.captioner_copy.folder, self.decode)
 
     def sized_for(self, resources: Resources) -> Job:
         return replace(self, batch_size=resources.batch_size)
@@ -148,6 +150,7 @@ class Job:
             embedding_size=self.embedding_size,
             share_identical=self.share_identical,
             reuse_similarity=s.reuse_similarity,
+            manifest=hashlib.sha256(self.captioner_copy.manifest).hexdigest(),
         )
 
 
@@ -163,8 +166,8 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         os.environ[OPTIONS_VARIABLE] = json.dumps(name_scheme(settings.storage_options, places))
     for place in places:
         check_endpoint(place)
-    directory = _local_captioner(captioner)
-    encoder = RuClipConfig.from_file(directory / "encoder" / "config.json")
+    copy = _local_captioner(captioner)
+    encoder = RuClipConfig.from_file(copy.folder / "encoder" / "config.json")
     source = fit_output(list_input(settings.input_uri), settings.output_uri)
     check_places(source, settings.input_uri, settings.output_uri)
     if exists(join(source.root, STATE_FOLDER)):
@@ -183,10 +186,11 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         run_id=f"{host.date():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
         source=source,
         captioner=captioner,
+        captioner_copy=copy,
         resolution=encoder.image_resolution,
         embedding_size=encoder.embed_dim if settings.image_embedding else None,
         decode=decode,
-        fingerprint=fingerprint((directory / MANIFEST).read_bytes(), _deciding(settings, decode)),
+        fingerprint=fingerprint(copy.manifest, _deciding(settings, decode)),
         state_uri=state_uri,
         storage=storage_options(),
         host=host,
@@ -231,9 +235,9 @@ def _deciding(settings: CaptionSettings, decode: DecodeOptions) -> dict[str, obj
     }
 
 
-def _local_captioner(captioner: str) -> Path:
+def _local_captioner(captioner: str) -> CaptionerCopy:
     try:
-        return local_copy(captioner)
+        return verified_copy(captioner)
     except (FramecapError, FileNotFoundError):
         raise
     except Exception as error:  # every backend has errors of its own; the operator needs one line

@@ -11,7 +11,8 @@ from framecap.pipeline.plan import Chunk
 
 @dataclass(frozen=True)
 class ActorOptions:
-    """What a caption actor needs to know; ``folder`` is where fragments go."""
+    """What a caption actor needs to know; ``folder`` is where fragments go, ``manifest`` the sha256 of the
+    manifest that the captioner must have (the fingerprint follows from it); None for any."""
 
     captioner: str
     folder: str
@@ -25,6 +26,7 @@ class ActorOptions:
     embedding_size: int | None = None
     share_identical: bool = True
     reuse_similarity: float | None = None
+    manifest: str | None = None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class CaptionActor:
     def __init__(self, options: ActorOptions) -> None:
         self._options = options
         torch.set_num_threads(options.threads)
-        captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype)
+        captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype, options.manifest)
         self._size = captioner.resolution
         shared = SharedCaptioner(captioner, options.decode, options.similarity)
         self._captioner = ChunkCaptioner(shared, options)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from framecap.errors import FrameError, TrainingError
+from framecap.manifest import sha256_file
 from framecap.model.images import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.weights import find_weights
-from framecap.storage import sha256_file
 from framecap.training.disk import replace_file
 from framecap.training.pairs import Pair, PairColumns, PairUnit, read_unit
 

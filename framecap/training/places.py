@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from framecap.errors import FramecapError, MissingFileError, SettingsError, StorageError
-from framecap.storage import MANIFEST, OPTIONS_VARIABLE, check_endpoint, is_local, join, mark, name_scheme, open_fs
+from framecap.manifest import MANIFEST
+from framecap.storage import OPTIONS_VARIABLE, check_endpoint, is_local, join, mark, name_scheme, open_fs
 from framecap.training.disk import clear_disk_errors
 from framecap.training.settings import TrainSettings
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from framecap.errors import MissingFileError, SettingsError, TrainingError
+from framecap.manifest import sha256_file
 from framecap.model.bridge import BridgeConfig, build_bridge
 from framecap.model.captioner_config import check_fit
 from framecap.model.ruclip import RuClip, RuClipConfig
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
 from framecap.model.weights import find_weights
-from framecap.storage import sha256_file, storage_options
+from framecap.storage import storage_options
 from framecap.training.disk import check_space, clear_disk_errors
 from framecap.training.examples import split_examples, tokenise
 from framecap.training.features import (
