@@ -176,6 +176,45 @@ def test_a_frame_opens_with_all_its_values_and_steps_to_the_next(page: webdriver
     assert not dialog.is_displayed()
 
 
+def with_embeddings(data: Dataset, folder: Path) -> tuple[Path, np.ndarray]:
+    """A copy of the captions with random image embeddings, float16 [rows, 8], and those of all rows in shard order."""
+    shutil.copytree(data.captions, folder)
+    rng, all_rows = np.random.default_rng(3), []
+    for path in sorted(p for p in folder.rglob("*.parquet") if "_framecap" not in p.parts):
+        table = pq.read_table(path)
+        values = rng.normal(size=(len(table), 8)).astype(np.float16)
+        all_rows.append(values)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 8)
+        rewrite(path, table.append_column("image_embedding", column))
+    return folder, np.concatenate(all_rows).astype(np.float32)
+
+
+def test_each_frame_names_those_nearest_by_embedding(data: Dataset, tmp_path: Path) -> None:
+    captions, embeddings = with_embeddings(data, tmp_path / "captions")
+    report.write_report(str(captions), str(tmp_path / "report.html"))
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :6].tolist()
+    frames = page_data(tmp_path / "report.html")["frames"]
+    assert len(frames) == len(embeddings)
+    assert {frame[0]: frame[-1] for frame in frames} == dict(enumerate(nearest))
+
+
+@needs_browser
+def test_a_frame_links_to_those_most_like_it(data: Dataset, browser: webdriver.Chrome, tmp_path: Path) -> None:
+    captions, _ = with_embeddings(data, tmp_path / "captions")
+    report.write_report(str(captions), str(tmp_path / "report.html"), str(data.frames))
+    page = opened(browser, tmp_path / "report.html")
+    page.find_element(By.CSS_SELECTOR, ".gallery .frame").click()
+    dialog = page.find_element(By.ID, "detail")
+    before = dialog.find_element(By.CSS_SELECTOR, "td").text
+    links = dialog.find_elements(By.CSS_SELECTOR, ".alike .frame")
+    assert len(links) == 6
+    links[0].click()
+    assert dialog.find_element(By.CSS_SELECTOR, "td").text != before
+
+
 @needs_browser
 def test_the_keyboard_alone_searches_steps_through_frames_and_closes(page: webdriver.Chrome) -> None:
     page.find_element(By.TAG_NAME, "body").send_keys("/")

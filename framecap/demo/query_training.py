@@ -112,7 +112,7 @@ def tune_text_tower(encoder: RuClip, scenes: int, steps: int, seed: int = SCENES
         (losses[0] + losses[1]).backward()
         optimiser.step()
         if (step + 1) % LOG_EVERY == 0:
-            logger.info("queries step %d  descriptions %.4f  queries %.4f", step + 1, *map(float, losses))
+            logger.info("queries step %d  descriptions %.4f  queries %.4f", step + 1, *(loss.item() for loss in losses))
 
 
 def share_right(encoder: RuClip, gallery: int, seed: int) -> list[float]:

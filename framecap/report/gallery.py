@@ -7,7 +7,7 @@ import math
 import posixpath
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -32,7 +32,10 @@ _TEXT = 700  # characters that a frame's words and figures take beside its pictu
 
 @dataclass
 class Shown:
-    """One frame of the gallery; ``other`` is the same frame in the run it is compared with."""
+    """One frame of the gallery.
+
+    ``other`` is the same frame in the run it is compared with, ``similar`` are the frames that look most like it.
+    """
 
     shard: str
     number: int
@@ -40,6 +43,7 @@ class Shown:
     other: dict[str, Any] | None
     frame_id: str
     thumbnail: str | None = None
+    similar: list[Shown] = field(default_factory=list)
 
     @property
     def doubt(self) -> float:
@@ -69,6 +73,7 @@ def to_page(shown: list[Shown], video_id: str) -> Iterator[list[Any]]:
             None if frame.thumbnail is None else divmod(pictures, BLOCK),
             other and [other["caption"], other["caption_status"], _rounded(other["caption_similarity"])],
             row.get("caption_candidates"),
+            [order[id(other)] for other in frame.similar],
         ]
         pictures += frame.thumbnail is not None
 

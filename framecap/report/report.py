@@ -27,6 +27,7 @@ from framecap.pipeline.state import state_of
 from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
 from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page, with_finite_scores
+from framecap.report.similar import add_similar
 from framecap.shards import list_input, list_output, open_shard
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
@@ -100,6 +101,7 @@ def write_report(
     if root is not None:
         with tqdm(total=len(shown), unit="frame", desc="pictures", disable=quiet) as bar:
             add_thumbnails(root, shown, options.columns, _PAGE_BYTES, bar.update)
+    add_similar(captions, shown)
     shown.sort(key=lambda frame: -frame.doubt)
     pictures = [frame.thumbnail for frame in shown if frame.thumbnail is not None]
     page = {
@@ -227,7 +229,8 @@ def _rows(
     frame_id = options.columns.frame_id
     start = 0
     with open_shard(captions, shard) as file:
-        names = [name for name in file.schema_arrow.names if name != schema.EMBEDDING_COLUMN]
+        embeddings = {schema.EMBEDDING_COLUMN, schema.CAPTION_EMBEDDING_COLUMN}
+        names = [name for name in file.schema_arrow.names if name not in embeddings]
         if missing := {frame_id, *(f.name for f in schema.CAPTION_FIELDS[:-1])} - set(names):
             raise ShardError("missing_column", f"no column {sorted(missing)[0]!r}: not a caption shard")
         if wanted is None:
