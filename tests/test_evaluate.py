@@ -71,9 +71,7 @@ def test_references_may_come_one_a_row_in_parquet_with_integer_ids(tmp_path: Pat
     out = caption_dataset(tmp_path / "out", {"1": "спящий кот", "2": "дом у реки"})
     report = evaluate(settings(captions=out, references=tmp_path / "r.parquet"))
     assert report["frames"] == 2
-    assert (
-        report["best"][0]["references"] == ["дом стоит у реки"] or len(report["best"][0]["references"]) == 2
-    )
+    assert report["best"][0]["references"] == ["дом стоит у реки"] or len(report["best"][0]["references"]) == 2
 
 
 def test_against_finds_the_better_weights_with_an_interval(tmp_path: Path) -> None:
@@ -90,9 +88,7 @@ def test_against_finds_the_better_weights_with_an_interval(tmp_path: Path) -> No
     for name in ("bleu4", "chrf", "rouge_l", "cider_d"):
         difference = report["against"]["difference"][name]
         assert difference["verdict"] == "better", name
-        assert difference["difference"] == pytest.approx(
-            report["scores"][name] - report["against"]["scores"][name]
-        )
+        assert difference["difference"] == pytest.approx(report["scores"][name] - report["against"]["scores"][name])
     assert "better" in format_table(report)
 
 
@@ -151,8 +147,62 @@ def test_captions_references_and_report_may_lie_on_any_file_system(tmp_path: Pat
 def test_a_frame_captioned_twice_is_an_error_that_names_it(tmp_path: Path) -> None:
     out = caption_dataset(tmp_path / "out", RIGHT)
     pq.write_table(pa.table({"frame_id": ["c"], "caption": ["ещё раз"]}), out / "zzz.parquet")
-    with pytest.raises(EvaluationError, match="'c' comes twice"):
+    with pytest.raises(EvaluationError, match="duplicate frame_id 'c'"):
         evaluate(settings(captions=out, references=references_jsonl(tmp_path / "r.jsonl")))
+
+
+def test_captions_and_references_in_structs_are_refused_until_a_field_is_named(tmp_path: Path) -> None:
+    both = {i: {"en": "x", "ru": texts[0]} for i, texts in REFERENCES.items()}
+    out = caption_dataset(tmp_path / "out", both)
+    lines = [json.dumps({"frame_id": i, "caption": value}) + "\n" for i, value in both.items()]
+    (tmp_path / "r.jsonl").write_text("".join(lines))
+    right = references_jsonl(tmp_path / "right.jsonl")
+    with pytest.raises(SettingsError, match=r"name the field that holds the text: --caption-column caption\.ru"):
+        evaluate(settings(captions=out, references=right))
+    with pytest.raises(EvaluationError, match=r"r\.jsonl, line 1: .*--reference-column caption\.ru"):
+        evaluate(settings(captions=out, references=tmp_path / "r.jsonl", caption_column="caption.ru"))
+    with pytest.raises(SettingsError, match=r"--reference-column caption\.ru"):
+        evaluate(settings(captions=out, references=out, caption_column="caption.ru"))
+    for references in (tmp_path / "r.jsonl", out):
+        wanted = {"caption_column": "caption.ru", "reference_column": "caption.ru"}
+        report = evaluate(settings(captions=out, references=references, **wanted))
+        assert report["scores"]["bleu4"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("value", ["NaN", "7", "[1]", '{"ru": 1}', "true"])
+def test_a_reference_that_is_no_text_is_one_line_that_names_it(tmp_path: Path, value: str) -> None:
+    (tmp_path / "r.jsonl").write_text(f'{{"frame_id": "a", "reference": {value}}}\n')
+    with pytest.raises(EvaluationError, match=r"r\.jsonl, line 1: reference is"):
+        evaluate(settings(captions=caption_dataset(tmp_path / "out", RIGHT), references=tmp_path / "r.jsonl"))
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3, 4], [[["a"]], None, None, None], [True, None, None, None]])
+def test_a_caption_column_of_other_types_is_one_line(tmp_path: Path, values: list[Any]) -> None:
+    out = caption_dataset(tmp_path / "out", dict(zip(RIGHT, values, strict=True)))
+    references = references_jsonl(tmp_path / "r.jsonl")
+    if values[0] == [["a"]]:  # lists within lists are texts all the same
+        assert evaluate(settings(captions=out, references=references))["frames"] == 4
+        return
+    with pytest.raises(SettingsError, match="must be text or a list of texts"):
+        evaluate(settings(captions=out, references=references))
+
+
+def test_captions_that_are_not_utf8_are_scored(tmp_path: Path) -> None:
+    torn = pa.array(["кот".encode(), "дом".encode()[:-1]]).cast(pa.binary())
+    caption = pa.Array.from_buffers(pa.string(), 2, torn.buffers())
+    (tmp_path / "out").mkdir()
+    pq.write_table(pa.table({"frame_id": ["a", "b"], "caption": caption}), tmp_path / "out" / "x.parquet")
+    assert (
+        evaluate(settings(captions=tmp_path / "out", references=references_jsonl(tmp_path / "r.jsonl")))["frames"] == 2
+    )
+
+
+def test_frames_without_an_id_match_nothing(tmp_path: Path) -> None:
+    out = caption_dataset(tmp_path / "out", {"a": "кот", None: "дом"})
+    assert evaluate(settings(captions=out, references=references_jsonl(tmp_path / "r.jsonl")))["frames"] == 1
+    (tmp_path / "none.jsonl").write_text('{"frame_id": null, "reference": "дом"}\n')
+    with pytest.raises(EvaluationError, match="line 1: frame_id is null"):
+        evaluate(settings(captions=out, references=tmp_path / "none.jsonl"))
 
 
 def test_no_frame_in_common_is_an_error(tmp_path: Path) -> None:

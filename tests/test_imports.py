@@ -14,7 +14,17 @@ PACKAGE = Path(framecap.__file__).parent
 # A layer may import itself and every layer above it in this list.
 LAYERS = [
     {"errors", "schema", "_root"},
-    {"manifest", "storage", "stores", "settings", "shards", "row_batches", "ray_cluster"},
+    {
+        "manifest",
+        "storage",
+        "stores",
+        "settings",
+        "shards",
+        "row_batches",
+        "row_values",
+        "text_columns",
+        "ray_cluster",
+    },
     {"model"},
     {
         "pipeline",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from sacrebleu.metrics.chrf import CHRF
 
 from framecap.training import metrics
+from framecap.training.wording import plain, words
 
 VOCABULARY = ["красный", "автобус", "едет", "по", "мосту", "ночью", "слева", "растёт", "дерево", "Дом", ","]
 
@@ -30,14 +33,16 @@ def as_streams(references: list[list[str]]) -> list[list[str | None]]:
 
 def test_bleu_from_frame_statistics_is_sacrebleu_corpus_bleu() -> None:
     captions, references = some_texts(60, 1)
-    expected = metrics.bleu_metric().corpus_score(captions, as_streams(references)).score
+    streams = [[text and plain(text) for text in stream] for stream in as_streams(references)]
+    expected = metrics.bleu_metric().corpus_score([plain(text) for text in captions], streams).score
     assert metrics.bleu_statistics(captions, references).corpus() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_chrf_from_frame_statistics_is_sacrebleu_corpus_chrf(seed: int) -> None:
     captions, references = some_texts(60, seed)
-    expected = CHRF().corpus_score(captions, as_streams(references)).score
+    streams = [[text and plain(text) for text in stream] for stream in as_streams(references)]
+    expected = CHRF().corpus_score([plain(text) for text in captions], streams).score
     assert metrics.chrf_statistics(captions, references).corpus() == pytest.approx(expected, abs=1e-9)
 
 
@@ -102,7 +107,37 @@ def test_an_empty_caption_scores_zero_everywhere() -> None:
 
 
 def test_words_ignore_case_punctuation_and_the_dots_of_yo() -> None:
-    assert metrics.words("Ёлка, тёмно-синяя!") == ["елка", "темно-синяя"]
+    assert words("Ёлка, тёмно-синяя!") == ["елка", "темно-синяя"]
+
+
+SEEN = ["Белая кошка сидит на траве у дома", "Чёрный йод стоит в поле", "Тёмно-синий замок"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda text: text,
+        lambda text: text.replace("ё", "е"),
+        lambda text: text + ".",
+        str.upper,
+        lambda text: unicodedata.normalize("NFD", text),
+        lambda text: text.replace("о", "о\u0301"),
+        lambda text: text.replace("ш", "ш\u00ad"),
+        lambda text: text.replace("-", "\u2011").replace(" ", "\u00a0"),
+        lambda text: f"\ufeff«{text}»",
+    ],
+    ids=["as it is", "е for ё", "full stop", "capitals", "NFD", "stress", "soft hyphen", "no-break", "quotes"],
+)
+def test_what_reads_the_same_gets_full_marks_in_every_score(written: Callable[[str], str]) -> None:
+    captions, references = [written(text) for text in SEEN], [[text] for text in SEEN]
+    assert metrics.bleu_statistics(captions, references).corpus() == pytest.approx(100)
+    assert metrics.chrf_statistics(captions, references).corpus() == pytest.approx(100)
+    assert metrics.rouge_l(captions, references) == pytest.approx([100, 100, 100])
+    assert metrics.cider_d(captions, references)[:2] == pytest.approx([10, 10])
+
+
+def test_equal_texts_of_three_words_get_full_bleu() -> None:
+    assert metrics.bleu_statistics(["кот спит дома"], [["Кот спит дома."]]).corpus() == pytest.approx(100)
 
 
 def test_bootstrap_interval_holds_the_difference_and_sees_a_real_one() -> None:

@@ -25,12 +25,16 @@ from PIL import Image, ImageDraw
 
 from framecap import Captioner, DecodeOptions
 from framecap.errors import FramecapError, SettingsError, StorageError, TrainingError
+from framecap.model.rugpt import RuGpt
 from framecap.storage import open_fs
+from framecap.training.checkpoint import Progress as TrainProgress
+from framecap.training.checkpoint import load_checkpoint, save_checkpoint
 from framecap.training.disk import check_space, clear_disk_errors
 from framecap.training.examples import batch_at, shares
 from framecap.training.loop import Team
 from framecap.training.optimise import schedule
-from framecap.training.plan import encode_here, make_plan
+from framecap.training.pairs import read_unit
+from framecap.training.plan import encode_here, load_data, make_plan
 from framecap.training.run import train_captioner, train_locally, train_worker
 from framecap.training.settings import TrainSettings
 
@@ -248,6 +252,74 @@ def test_an_image_with_several_captions_is_trained_on_each(tmp_path: Path) -> No
     one = settings(tmp_path, tmp_path / "pairs.parquet", steps=0, epochs=2)
     train_locally(one)
     assert curve(one)[-1]["step"] == "8"  # 2 epochs of 32 captions in batches of 8
+
+
+def test_rows_of_one_image_are_held_out_together(tmp_path: Path) -> None:
+    images, captions = zip(*drawn_pairs(), strict=True)
+    one_each = {"image": list(images) * 3, "caption": [f"{text} {k}" for k in range(3) for text in captions]}
+    pq.write_table(pa.table(one_each), tmp_path / "pairs.parquet", row_group_size=5)
+    one = settings(tmp_path, tmp_path / "pairs.parquet", validation_fraction=0.25)
+    plan = make_plan(one, "cpu")
+    encode_here(plan)
+    data, _ = load_data(plan, RuGpt.from_pretrained(one.decoder))
+    training, validation = (
+        {data.pairs.images[row] for row in split.images.tolist()} for split in (data.training, data.validation)
+    )
+    assert (len(training), len(validation), training & validation) == (12, 4, set())
+
+
+@pytest.mark.parametrize(
+    ("captions", "column"),
+    [
+        ([{"en": "x", "ru": text} for _, text in drawn_pairs()], "caption.ru"),
+        ([[{"id": 1, "text": text}] for _, text in drawn_pairs()], "caption.text"),
+    ],
+)
+def test_captions_in_structs_are_refused_until_a_field_is_named(
+    tmp_path: Path, captions: list[Any], column: str
+) -> None:
+    table = pa.table({"image": [image for image, _ in drawn_pairs()], "caption": captions})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    one = settings(tmp_path, tmp_path / "pairs.parquet")
+    with pytest.raises(SettingsError, match=f"name the field that holds the text: --caption-column {column}"):
+        make_plan(one, "cpu")
+    plan = make_plan(one.model_copy(update={"caption_column": column}), "cpu")
+    read = [pair.captions for unit in plan.units for pair in read_unit(unit, plan.encode.columns)]
+    assert read == [[text] for _, text in drawn_pairs()]
+
+
+def test_captions_that_are_numbers_are_one_line(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "caption": [1]}), tmp_path / "pairs.parquet")
+    with pytest.raises(SettingsError, match=r"pairs\.parquet it is int64; it must be text or a list of texts"):
+        make_plan(settings(tmp_path, tmp_path / "pairs.parquet"), "cpu")
+
+
+def test_a_caption_that_is_not_utf8_is_a_bad_pair_and_ends_nothing(tmp_path: Path) -> None:
+    torn = pa.array(["кот".encode(), "дом".encode()[:-1]])
+    caption = pa.Array.from_buffers(pa.string(), 2, torn.buffers())
+    pq.write_table(pa.table({"image": [b"x", b"y"], "caption": caption}), tmp_path / "pairs.parquet")
+    plan = make_plan(settings(tmp_path, tmp_path / "pairs.parquet"), "cpu")
+    problems = [pair.problem for unit in plan.units for pair in read_unit(unit, plan.encode.columns)]
+    assert problems == [None, "a caption is not UTF-8"]
+
+
+def test_weights_that_are_not_numbers_replace_no_checkpoint_and_are_not_resumed(tmp_path: Path) -> None:
+    good = {"bridge.weight": torch.ones(3)}
+    state = {"adamw": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
+    save_checkpoint(tmp_path, {}, TrainProgress(step=1), good, state)
+    for broken, moments in (
+        ({"bridge.weight": torch.tensor([1.0, math.nan])}, state),
+        (good, {"a": [torch.tensor(math.inf)]}),
+    ):
+        with pytest.raises(TrainingError, match=r"is NaN or infinite after step 2 .* lower --learning-rate"):
+            save_checkpoint(tmp_path, {}, TrainProgress(step=2), broken, moments)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000001.pt"]
+    content = torch.load(tmp_path / "step-000000001.pt", weights_only=True)
+    content["weights"]["bridge.weight"][0] = math.nan
+    torch.save(content, tmp_path / "step-000000002.pt")  # of a framecap that saved such
+    found = load_checkpoint(tmp_path, {})
+    assert found is not None
+    assert found["progress"]["step"] == 1
 
 
 @pytest.fixture

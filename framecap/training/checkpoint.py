@@ -44,7 +44,15 @@ class Progress:
 def save_checkpoint(
     folder: Path, identity: dict[str, Any], progress: Progress, weights: dict[str, Tensor], optimiser: dict[str, Any]
 ) -> None:
-    """Write ``step-N.pt`` and drop all but the newest two. Raises TrainingError on a full disk."""
+    """Write ``step-N.pt`` and drop all but the newest two.
+
+    Raises TrainingError on a full disk, and for what is NaN or infinite: a run that resumes from that never
+    recovers, and the checkpoints before it would be gone.
+    """
+    if broken := _not_finite({"weights": weights, "optimiser": optimiser}):
+        raise TrainingError(
+            f"{broken} is NaN or infinite after step {progress.step} and is not saved; {fresh_start(folder)}"
+        )
     content = {
         "identity": identity,
         "progress": asdict(progress),
@@ -69,6 +77,9 @@ def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | 
             log.warning("%s cannot be read (%s); trying the one before", path, error)
             continue
         _check_identity(path, content["identity"], identity)
+        if broken := _not_finite({"weights": content["weights"], "optimiser": content["optimiser"]}):
+            log.warning("%s is of no use (%s is NaN or infinite); trying the one before", path, broken)
+            continue
         return content
     return None
 
@@ -83,6 +94,19 @@ def load_best(folder: Path) -> dict[str, Tensor]:
     """What ``save_best`` kept."""
     weights: dict[str, Tensor] = torch.load(folder / BEST, map_location="cpu", weights_only=True)
     return weights
+
+
+def fresh_start(folder: Path) -> str:
+    """What to do about a run that has left the numbers; a changed rate is another run, see `load_checkpoint`."""
+    return f"use a lower --learning-rate or --precision fp32, and remove {folder} first"
+
+
+def _not_finite(state: Any, name: str = "") -> str:
+    """The name of a tensor in ``state`` (dicts and lists of them) that holds NaN or an infinity; "" if none does."""
+    if isinstance(state, Tensor):
+        return name if state.is_floating_point() and not bool(state.isfinite().all()) else ""
+    inner = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return next(filter(None, (_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in inner)), "")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

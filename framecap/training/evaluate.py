@@ -20,6 +20,7 @@ from framecap.training.places import reach
 from framecap.training.scored_texts import ScoredTexts, read_captions, read_references
 from framecap.training.settings import EvaluateSettings
 from framecap.training.similarity import Cosines, measure_cosines
+from framecap.training.wording import plain
 
 REPORT_VERSION = 1
 TITLES = {
@@ -120,8 +121,8 @@ def describe(scores: Scores, settings: EvaluateSettings) -> dict[str, Any]:
 def _bleu_signature(texts: ScoredTexts) -> str:
     metric = metrics.bleu_metric()
     most = max(len(refs) for refs in texts.references)
-    streams = [[refs[k] if k < len(refs) else None for refs in texts.references] for k in range(most)]
-    metric.corpus_score(texts.captions, streams)
+    streams = [[plain(refs[k]) if k < len(refs) else None for refs in texts.references] for k in range(most)]
+    metric.corpus_score([plain(caption) for caption in texts.captions], streams)
     return str(metric.get_signature())
 
 

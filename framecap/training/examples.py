@@ -6,6 +6,7 @@ step s goes on with the same captions, and W workers share the same batch that o
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from framecap.model.rugpt import RuGpt
 from framecap.training.features import EncodedPairs
 from framecap.training.pairs import check_split
 from framecap.training.settings import TrainSettings
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100  # target of padding, torch's default ignore_index
 VALIDATION_NAMES = ("val", "dev", "valid")
@@ -72,16 +75,28 @@ def split_examples(
         training = [i for i, split in enumerate(pairs.splits) if split == settings.train_split]
         validation = [i for i, split in enumerate(pairs.splits) if split in validation_names]
         check_split(Counter(pairs.splits), settings)
+        if shared := {pairs.images[i] for i in training} & {pairs.images[i] for i in validation}:
+            log.warning("%d images are in training and in validation; the validation loss is too good", len(shared))
     else:
-        order = np.random.default_rng([settings.seed, 1]).permutation(len(tokens))
-        held_out = round(settings.validation_fraction * len(tokens))
-        validation, training = sorted(order[:held_out].tolist()), sorted(order[held_out:].tolist())
-        if settings.validation_fraction and not (training and validation):
-            raise TrainingError(
-                f"--validation-fraction {settings.validation_fraction} of {len(tokens)} images leaves "
-                f"{len(training)} for training and {len(validation)} for validation; both need one"
-            )
+        training, validation = _hold_out(pairs.images, settings)
     return _examples(training, tokens), _examples(validation, tokens)
+
+
+def _hold_out(images: list[str], settings: TrainSettings) -> tuple[list[int], list[int]]:
+    """Rows for training and for validation. All rows of one image are on the same side: else the loss of captions
+    whose image was trained on would pass for that of unseen ones."""
+    numbers: dict[str, int] = {}
+    of_rows = [numbers.setdefault(image, len(numbers)) for image in images]
+    order = np.random.default_rng([settings.seed, 1]).permutation(len(numbers))
+    held_out = round(settings.validation_fraction * len(numbers))
+    if settings.validation_fraction and not 0 < held_out < len(numbers):
+        raise TrainingError(
+            f"--validation-fraction {settings.validation_fraction} of {len(numbers)} images leaves "
+            f"{len(numbers) - held_out} for training and {held_out} for validation; both need one"
+        )
+    unseen = set(order[:held_out].tolist())
+    rows = range(len(images))
+    return [i for i in rows if of_rows[i] not in unseen], [i for i in rows if of_rows[i] in unseen]
 
 
 def _examples(images: list[int], tokens: list[list[np.ndarray]]) -> Examples:

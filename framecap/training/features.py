@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from framecap.model.weights import find_weights
 from framecap.training.disk import replace_file
 from framecap.training.pairs import Pair, PairColumns, PairUnit, read_unit
 
+_PART_VERSION = 2  # of what ``part-N.json`` holds
 DTYPES = {"pooled": np.float32, "patches": np.float16, "text": np.float32}
 
 
@@ -45,8 +46,8 @@ class EncodeOptions:
 def features_folder(run_dir: Path, units: Sequence[PairUnit], options: EncodeOptions) -> Path:
     """Folder named by everything the features depend on, so that changed pairs or weights start afresh."""
     weights = [sha256_file(file) for file in find_weights(Path(options.encoder))]
-    columns = [options.columns.image, options.columns.caption, options.columns.split]
-    key = [weights, options.feature, columns, IMAGE_TRANSFORM_VERSION, [u.to_dict() for u in units]]
+    versions = [IMAGE_TRANSFORM_VERSION, _PART_VERSION]
+    key = [weights, options.feature, asdict(options.columns), versions, [u.to_dict() for u in units]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return run_dir / f"features-{digest[:16]}"
 
@@ -65,7 +66,7 @@ def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOp
 
     def flush() -> None:
         if options.feature == "text":
-            rows.extend({"captions": pair.captions, "split": pair.split} for _, pair in batch)
+            rows.extend(_row(pair, pair.captions[0].encode()) for _, pair in batch)
             if batch:
                 arrays.append(encode_texts(encoder, [pair.captions[0] for _, pair in batch]))
             batch.clear()
@@ -79,7 +80,7 @@ def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOp
                 bad.append({"row": place, "problem": str(error)})
         if kept:
             arrays.append(_encode(encoder, torch.cat(pixels), options.feature))
-            rows.extend({"captions": pair.captions, "split": pair.split} for pair in kept)
+            rows.extend(_row(pair, pair.image or b"") for pair in kept)
         batch.clear()
 
     for place, pair in enumerate(read_unit(unit, options.columns)):
@@ -115,17 +116,26 @@ def encode_texts(encoder: RuClip, texts: Sequence[str]) -> np.ndarray:
     return embedded
 
 
+def _row(pair: Pair, encoded: bytes) -> dict[str, Any]:
+    """What is kept of a pair; ``image`` tells what was encoded from others, however many rows hold it."""
+    return {"captions": pair.captions, "split": pair.split, "image": hashlib.sha256(encoded).hexdigest()[:32]}
+
+
 def _part(folder: Path, index: int, ending: str) -> Path:
     return folder / f"part-{index:06d}.{ending}"
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """All usable images: their captions and splits, and where their features lie (memory-mapped)."""
+    """All usable rows: captions, split and image of each, and where their features lie (memory-mapped).
+
+    ``images``: a digest, equal in rows that hold the same image (of ``text`` features: the same sentence).
+    """
 
     feature: str
     captions: list[list[str]]
     splits: list[str | None]
+    images: list[str]
     arrays: list[np.ndarray]
     places: np.ndarray  # int64 [images, 2]: which array, which row
     bad: list[dict[str, Any]]
@@ -135,6 +145,7 @@ class EncodedPairs:
         """Read the parts of all units, in order. Raises TrainingError when one is not there."""
         captions: list[list[str]] = []
         splits: list[str | None] = []
+        images: list[str] = []
         arrays: list[np.ndarray] = []
         places: list[tuple[int, int]] = []
         bad: list[dict[str, Any]] = []
@@ -151,7 +162,8 @@ class EncodedPairs:
                 arrays.append(np.load(_part(folder, unit.index, "npy"), mmap_mode="r"))
             captions += [row["captions"] for row in part["rows"]]
             splits += [row["split"] for row in part["rows"]]
-        return cls(feature, captions, splits, arrays, np.array(places, dtype=np.int64).reshape(-1, 2), bad)
+            images += [row["image"] for row in part["rows"]]
+        return cls(feature, captions, splits, images, arrays, np.array(places, dtype=np.int64).reshape(-1, 2), bad)
 
     def check_bad(self, largest_share: float) -> None:
         """Raise TrainingError when more than ``largest_share`` of the pairs were left out."""

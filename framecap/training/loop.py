@@ -22,7 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from framecap.errors import TrainingError
 from framecap.model.ruclip import ImageFeatures
-from framecap.training.checkpoint import Progress, load_best, load_checkpoint, save_best, save_checkpoint
+from framecap.training.checkpoint import (
+    Progress,
+    fresh_start,
+    load_best,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 from framecap.training.curve import Curve, CurveRow, progress_line
 from framecap.training.examples import Examples, batch_at, collate, shares
 from framecap.training.features import EncodedPairs
@@ -195,9 +202,7 @@ class Trainer:
         self._gather_window()
         progress = self.progress
         if not math.isfinite(progress.train_loss):
-            raise TrainingError(
-                f"the loss is {progress.train_loss} at step {step}; lower --learning-rate or use --precision fp32"
-            )
+            raise TrainingError(f"the loss is {progress.train_loss} at step {step}; {fresh_start(self.checkpoints)}")
         progress.window_loss, progress.window_tokens = 0.0, 0
         now = time.monotonic()
         since, first, tokens = self._since

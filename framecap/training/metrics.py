@@ -1,13 +1,13 @@
 """Scores of captions against references, each kept per frame so that it can be resampled.
 
 BLEU-4 and chrF are sacrebleu's; ROUGE-L, CIDEr-D and the two CLIP scores are written out here from their
-papers. Knows nothing of files, frames or models: texts and similarities in, numbers out.
+papers. All compare the words of wording.py. Knows nothing of files, frames or models: texts and similarities in,
+numbers out.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
+
+from framecap.training.wording import plain, words
 
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]
@@ -25,13 +27,6 @@ CIDER_SIGMA = 6.0
 CHRF_ORDER = 6
 CHRF_BETA = 2.0
 CLIP_SCORE_WEIGHT = 2.5
-
-_WORD = re.compile(r"\w+(?:-\w+)*")
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation, «ё» written «е»; a hyphenated word («тёмно-синий») is one."""
-    return _WORD.findall(text.lower().replace("ё", "е"))
 
 
 @dataclass(frozen=True)
@@ -62,23 +57,28 @@ def frame_means(values: np.ndarray) -> FrameStatistics:
 
 
 def bleu_metric() -> BLEU:
-    """sacrebleu's BLEU-4 (13a tokeniser, exponential smoothing), lower-cased as captions are compared."""
-    return BLEU(lowercase=True, effective_order=False)
+    """sacrebleu's BLEU-4 (exponential smoothing) of `plain` texts, whose words need no tokeniser.
+
+    Of texts that are all shorter than four words, n-grams up to the longest count: equal ones score 100.
+    """
+    return BLEU(tokenize="none", effective_order=True)
 
 
 def bleu_statistics(captions: Texts, references: References) -> FrameStatistics:
     """BLEU-4, 0…100: per frame 4 matched n-grams, 4 totals, caption and nearest reference length [N, 10]."""
-    metric = BLEU(lowercase=True, effective_order=True)
+    metric = bleu_metric()
     rows = np.zeros((len(captions), 10))
     for i, (caption, refs) in enumerate(zip(captions, references, strict=True)):
-        found = metric.sentence_score(caption, list(refs))
+        found = metric.sentence_score(plain(caption), [plain(reference) for reference in refs])
         rows[i] = [*found.counts, *found.totals, found.sys_len, found.ref_len]
     return FrameStatistics(rows, _bleu_score)
 
 
 def _bleu_score(total: np.ndarray, _count: int) -> float:
     counts = [int(x) for x in total]
-    return float(BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score)
+    lengths = counts[8], counts[9]
+    bleu = BLEU.compute_bleu(counts[:4], counts[4:8], *lengths, smooth_method="exp", effective_order=True)
+    return float(bleu.score)
 
 
 def chrf_statistics(captions: Texts, references: References) -> FrameStatistics:
@@ -88,7 +88,7 @@ def chrf_statistics(captions: Texts, references: References) -> FrameStatistics:
     """
     rows = np.zeros((len(captions), 3 * CHRF_ORDER))
     for i, (caption, refs) in enumerate(zip(captions, references, strict=True)):
-        candidates = [_chrf_counts(caption, reference) for reference in refs]
+        candidates = [_chrf_counts(plain(caption), plain(reference)) for reference in refs]
         rows[i] = max(candidates, key=lambda counts: _chrf_score(counts, 1))
     return FrameStatistics(rows, _chrf_score)
 

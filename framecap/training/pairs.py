@@ -15,7 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framecap.errors import EvaluationError, TrainingError
+from framecap.row_values import rows_of, values_of
+from framecap.shards import short_text
 from framecap.storage import mark, open_fs
+from framecap.text_columns import find_texts, texts_in
 from framecap.training.scored_texts import list_data_files
 from framecap.training.settings import TrainSettings
 
@@ -26,11 +29,13 @@ TEXT_FILE = ".txt"
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Names of the columns; ``split`` is empty where the files have no such column, ``image`` where none is read."""
+    """Names of the columns; ``split`` is empty where the files have no such column, ``image`` where none is read.
+    ``caption_fields``: which field of ``caption`` holds the text, where it is a struct."""
 
     image: str
     caption: str
     split: str
+    caption_fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
         raise TrainingError(str(error)) from error
     units: list[PairUnit] = []
     with_split: dict[str, bool] = {}
+    captions: dict[tuple[str, ...], str] = {}
     for path in paths:
         if is_text and path.endswith(TEXT_FILE):
             with_split[path] = False
@@ -81,13 +87,17 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
             continue
         try:
             with fs.open(path, "rb") as stream:
-                metadata = pq.ParquetFile(stream).metadata
-        except (pa.ArrowInvalid, OSError) as error:
-            raise TrainingError(f"{path} cannot be read as Parquet: {error}") from error
-        names = metadata.schema.to_arrow_schema().names
-        for column in (settings.caption_column,) if is_text else (settings.image_column, settings.caption_column):
-            if column not in names:
-                raise TrainingError(f"{path} has no column {column!r}; it has {', '.join(names)}")
+                file = pq.ParquetFile(stream)
+                metadata, schema = file.metadata, file.schema_arrow
+        except Exception as error:  # whatever a footer holds
+            raise TrainingError(f"{path} cannot be read as Parquet: {short_text(error)}") from error
+        names = schema.names
+        found = find_texts(schema, settings.caption_column, "--caption-column", path)
+        lacks_image = settings.image_column not in names and not is_text
+        if lacks_image or found is None:
+            column = settings.image_column if lacks_image else settings.caption_column
+            raise TrainingError(f"{path} has no column {column!r}; it has {', '.join(names)}")
+        captions[found] = path
         with_split[path] = settings.split_column in names
         signature = mark(fs.info(path))
         for group in range(metadata.num_row_groups):
@@ -100,10 +110,14 @@ def plan_units(settings: TrainSettings) -> tuple[list[PairUnit], PairColumns]:
         raise TrainingError(
             f"{lacks} has no column {settings.split_column!r} and others do; add it, or name another --split-column"
         )
+    if len(captions) > 1:
+        named = " and ".join(f"{'.'.join(where)!r} in {path}" for where, path in captions.items())
+        raise TrainingError(f"--caption-column {settings.caption_column} is {named}; make them alike")
     split = settings.split_column if all(with_split.values()) else ""
     if split:
         check_split(Counter(_splits(fs, paths, split)), settings)
-    return units, PairColumns("" if is_text else settings.image_column, settings.caption_column, split)
+    column, *fields = next(iter(captions), (settings.caption_column,))  # none: text files alone
+    return units, PairColumns("" if is_text else settings.image_column, column, split, tuple(fields))
 
 
 def _units_of_lines(fs: Any, path: str, uri: str, first: int) -> list[PairUnit]:
@@ -127,7 +141,7 @@ def check_split(found: Counter[str | None], settings: TrainSettings) -> None:
 def _splits(fs: Any, paths: list[str], column: str) -> Iterator[str | None]:
     for path in paths:
         with fs.open(path, "rb") as stream:
-            yield from pq.read_table(stream, columns=[column])[column].to_pylist()
+            yield from values_of(pq.read_table(stream, columns=[column])[column])
 
 
 def read_unit(unit: PairUnit, columns: PairColumns) -> Iterator[Pair]:
@@ -141,10 +155,11 @@ def read_unit(unit: PairUnit, columns: PairColumns) -> Iterator[Pair]:
         with fs.open(unit.path, "rb") as stream:
             file = pq.ParquetFile(stream)
             for batch in file.iter_batches(READ_ROWS, row_groups=[unit.row_group], columns=wanted):
-                for row in batch.to_pylist():
+                for row in rows_of(batch):
                     yield _pair(row, columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise TrainingError(f"{unit.path}, row group {unit.row_group} cannot be read: {error}") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        text = short_text(error)
+        raise TrainingError(f"{unit.path}, row group {unit.row_group} cannot be read: {text}") from error
 
 
 def _read_lines(fs: Any, unit: PairUnit) -> Iterator[Pair]:
@@ -162,11 +177,12 @@ def _pair(row: Mapping[str, Any], columns: PairColumns) -> Pair:
     image, value = row[columns.image] if columns.image else None, row[columns.caption]
     if isinstance(image, dict):
         image = image.get("bytes")
-    texts = [value] if isinstance(value, str) else list(value or [])
-    captions = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+    captions = [" ".join(text.split()) for text in texts_in(value, columns.caption_fields) if text.strip()]
     split = row[columns.split] if columns.split else None
     if not captions:
         return Pair(image, [], split, "no caption")
+    if any("\ufffd" in text for text in captions):
+        return Pair(None, captions, split, "a caption is not UTF-8")
     if columns.image and (not isinstance(image, bytes) or not image):
         return Pair(None, captions, split, "no image")
     return Pair(image, captions, split)

@@ -71,7 +71,7 @@ def check_data(plan: TrainPlan) -> None:
         "%d captions for training, %d for validation, of %d images; %d pairs left out, %d captions cut",
         len(data.training),
         len(data.validation),
-        len(data.pairs.captions),
+        len(set(data.pairs.images)),
         len(bad),
         cut,
     )

@@ -25,7 +25,7 @@ class TrainSettings(JobSettings):
     )
 
     image_column: str = Field("image", description="column of encoded images, bytes or {bytes, path}")
-    caption_column: str = Field("caption", description="column of captions, string or list of strings")
+    caption_column: str = Field("caption", description="column of captions, text or list of texts; a.b is field b")
     split_column: str = Field("split", description="column that says train or validation, if it is there")
     train_split: str = Field("train", description="value of split for training")
     validation_split: str = Field("validation", description="value of split for validation (val and dev too)")
@@ -118,8 +118,8 @@ class EvaluateSettings(JobSettings):
     output: str = Field("", description="JSON report to write")
 
     id_column: str = Field("frame_id", description="column that names the frame")
-    caption_column: str = Field("caption", description="column of captions")
-    reference_column: str = Field("", description="default: references, reference, captions or caption")
+    caption_column: str = Field("caption", description="column of captions; a.b is field b of column a")
+    reference_column: str = Field("", description="default: references, reference, captions or caption; a.b is field b")
     image_column: str = Field("image", description="column of frames with encoded images")
 
     examples: int = Field(5, ge=0, description="worst and best captions shown")

@@ -11,8 +11,9 @@ import numpy as np
 
 from framecap.errors import EvaluationError, FrameError
 from framecap.model.captioner import Captioner
-from framecap.training.scored_texts import ScoredTexts, list_data_files, read_columns
+from framecap.training.scored_texts import ScoredTexts, list_data_files, open_parquet, rows_in
 from framecap.training.settings import EvaluateSettings
+from framecap.training.wording import composed
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ def measure_cosines(texts: ScoredTexts, settings: EvaluateSettings) -> Cosines:
     if not settings.captioner:
         return Cosines(recorded, None)
     captioner = Captioner.from_pretrained(settings.captioner, device=settings.device)
-    captions = _embed(captioner.embed_texts, texts.captions, settings.batch_size)
+    captions = _embed(captioner.embed_texts, list(map(composed, texts.captions)), settings.batch_size)
     captions[[not caption for caption in texts.captions]] = 0
     image = recorded
     if settings.frames:
         image = np.sum(captions * _embed_frames(captioner, texts.ids, settings), axis=1)
-    flat = [reference for group in texts.references for reference in group]
+    flat = [composed(reference) for group in texts.references for reference in group]
     embedded = _embed(captioner.embed_texts, flat, settings.batch_size)
     owner = np.repeat(np.arange(len(texts.ids)), [len(group) for group in texts.references])
     best = np.full(len(texts.ids), -np.inf)
@@ -59,16 +60,17 @@ def _embed_frames(captioner: Captioner, ids: list[str], settings: EvaluateSettin
     batch: list[tuple[int, bytes]] = []
     fs, paths = list_data_files(settings.frames)
     for path in paths:
-        for row in read_columns(fs, path, (settings.id_column, settings.image_column)):
-            frame_id = str(row[settings.id_column])
-            if frame_id not in wanted:
-                continue
-            seen.add(frame_id)
-            image = row[settings.image_column]
-            batch.append((wanted[frame_id], image["bytes"] if isinstance(image, dict) else image))
-            if len(batch) == settings.batch_size:
-                _fill(rows, captioner, batch)
-                batch = []
+        with open_parquet(fs, path) as file:
+            for row in rows_in(file, path, (settings.id_column, settings.image_column)):
+                frame_id = str(row[settings.id_column])
+                if frame_id not in wanted:
+                    continue
+                seen.add(frame_id)
+                image = row[settings.image_column]
+                batch.append((wanted[frame_id], (image.get("bytes") if isinstance(image, dict) else image) or b""))
+                if len(batch) == settings.batch_size:
+                    _fill(rows, captioner, batch)
+                    batch = []
     _fill(rows, captioner, batch)
     if len(seen) < len(ids):
         missing = next(i for i in ids if i not in seen)
