@@ -8,7 +8,7 @@ DEMO ?= demo-output
 demo: .venv/run.stamp
 	@echo "Drawing frames, then captioning them; the first start of Ray takes a while."
 	$(BIN)/python -m framecap.demo.frames --out $(DEMO)/frames
-	$(BIN)/python jobs/caption_frames.py --input-uri $(DEMO)/frames --output-uri $(DEMO)/captions
+	$(BIN)/python jobs/caption_frames.py --input-uri $(DEMO)/frames --output-uri $(DEMO)/captions --image-embedding
 	$(BIN)/python -m framecap.demo.sample --out $(DEMO)
 
 test: lint
