@@ -44,7 +44,8 @@ def tiny_cross_captioner_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_captioner(out: Path, kind: str, seed: int = 0) -> Path:
     """Assemble a random captioner of tiny shape at ``out``."""
-    from framecap.model.bridge import BridgeConfig, build_bridge
+    from framecap.model.bridge import build_bridge
+    from framecap.model.bridge_config import BridgeConfig
     from framecap.model.captioner_config import CaptionerConfig
     from framecap.model.convert import assemble
     from framecap.model.rugpt import RuGpt

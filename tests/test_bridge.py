@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from framecap.errors import SettingsError
-from framecap.model.bridge import BRIDGES, BridgeConfig, build_bridge
+from framecap.model.bridge import BRIDGES, build_bridge
+from framecap.model.bridge_config import KINDS, BridgeConfig
 from framecap.model.weights import read_state_dict
 
 
@@ -51,6 +52,10 @@ def test_the_cross_attention_bridge_gives_a_memory_of_all_patches_and_no_prefix(
     prefix, memory = build_bridge(config("cross_attention"))(features())
     assert prefix is None
     assert memory.shape == (3, 5, 16)
+
+
+def test_every_kind_that_a_config_may_name_can_be_built() -> None:
+    assert tuple(BRIDGES) == KINDS
 
 
 @pytest.mark.parametrize("kind", list(BRIDGES))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from framecap import Captioner, DecodeOptions
 from framecap.errors import BridgeMismatchError, MissingFileError, SettingsError, StateDictError, WeightsError
-from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.bridge import build_bridge
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.captioner_config import CaptionerConfig
 from framecap.model.convert import assemble, clipcap_bridge_config, import_clipcap
 from framecap.model.ruclip import ImageFeatures
@@ -310,7 +311,8 @@ FULL_SIZE = """
 import json, sys, resource, torch
 from pathlib import Path
 from framecap import Captioner
-from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.bridge import build_bridge
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.captioner_config import CaptionerConfig
 from framecap.model.convert import assemble
 from framecap.model.ruclip import RuClip, RuClipConfig

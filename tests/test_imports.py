@@ -103,24 +103,41 @@ def test_the_engine_imports_only_what_a_bare_pytorch_machine_has() -> None:
     assert foreign == []
 
 
+def loaded(code: str, *packages: str) -> set[str]:
+    """Which of ``packages`` a fresh interpreter has imported after ``code``."""
+    program = f"{code}\nimport sys; print(*{{name.partition('.')[0] for name in sys.modules}} & set({packages!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    return set(done.stdout.split())
+
+
 def test_importing_the_captioner_loads_neither_ray_nor_pyarrow_nor_pydantic() -> None:
-    code = (
-        "import sys, framecap.model.captioner, framecap.model.convert;"
-        "print([m for m in ('ray', 'pyarrow', 'pydantic') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "[]"
+    code = "import framecap.model.captioner, framecap.model.convert"
+    assert loaded(code, "torch", "ray", "pyarrow", "pydantic") == {"torch"}
 
 
 def test_captioning_imports_no_transformers() -> None:
     """It takes seconds, and is there as the reference of tests and benchmark alone."""
     code = (
-        "import sys, framecap.model.convert; from PIL import Image; from framecap import describe_image;"
-        "assert describe_image(Image.new('RGB', (80, 60)));"
-        "print([m for m in sys.modules if m.partition('.')[0] == 'transformers'])"
+        "import framecap.model.convert, framecap.pipeline.stages\n"
+        "from PIL import Image; from framecap import describe_image\n"
+        "assert describe_image(Image.new('RGB', (80, 60)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "[]"
+    assert loaded(code, "torch", "ray", "transformers") == {"torch", "ray"}
+
+
+def test_driver_and_readers_import_no_torch() -> None:
+    """It takes seconds and 200 MB, in the driver and in every reader."""
+    code = (
+        "from pathlib import Path; import framecap.pipeline.run, framecap.pipeline.caption\n"
+        "from framecap.model.captioner_config import check_options\n"
+        "from framecap.model.decode_options import DecodeOptions\n"
+        "check_options(Path(framecap.__file__).parent / 'demo' / 'mini', DecodeOptions())"
+    )
+    assert loaded(code, "ray", "torch", "transformers") == {"ray"}
+
+
+def test_importing_framecap_loads_no_library() -> None:
+    assert loaded("import framecap", "numpy", "PIL", "pyarrow", "torch", "ray") == set()
 
 
 def test_no_code_path_names_a_model_hub() -> None:

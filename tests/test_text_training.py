@@ -17,7 +17,8 @@ from framecap import Captioner
 from framecap.demo import bundled_captioner
 from framecap.demo.pairs import write_pairs
 from framecap.errors import SettingsError
-from framecap.model.bridge import BridgeConfig, PrefixBridge, build_bridge
+from framecap.model.bridge import PrefixBridge, build_bridge
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.ruclip import ImageFeatures
 from framecap.training.run import train_locally
 from framecap.training.settings import TrainSettings

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from framecap.errors import SettingsError
 from framecap.model.bpe import GptTokenizer
-from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.bridge import build_bridge
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.captioner import Captioner
 from framecap.model.captioner_config import CaptionerConfig
 from framecap.model.images import normalise

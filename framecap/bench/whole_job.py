@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from framecap.bench.measure import Contestant, Row
 from framecap.bench.subject import Bench
 from framecap.errors import CaptionerError
-from framecap.model.bridge import BridgeConfig
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.captioner import BRIDGE_PREFIX, BRIDGE_WEIGHTS, Captioner
 from framecap.model.captioner_config import CaptionerConfig
 from framecap.model.convert import assemble

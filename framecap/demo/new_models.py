@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from framecap.demo.tokens import train_gpt_tokenizer, train_yttm
-from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.bridge import build_bridge
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.ruclip import RuClip, RuClipConfig
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig

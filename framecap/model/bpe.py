@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from framecap.errors import CaptionerError, MissingFileError, WeightsError
-from framecap.model.weights import read_json
+from framecap.model.json_files import read_json
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # What the role's token is called where no tokenizer file says: ruGPT3's names, then GPT-2's.

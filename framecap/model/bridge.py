@@ -7,20 +7,15 @@ they are; ``cross_attention`` feeds every layer of the decoder with all patch fe
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framecap.errors import CaptionerError, SettingsError
-
-FEATURES = ("pooled", "patches")
-_SIZES = ("feature_size", "decoder_size", "prefix_length", "clip_length", "num_layers", "num_heads")
+from framecap.errors import CaptionerError
+from framecap.model.bridge_config import BridgeConfig
 
 
 class Features(Protocol):
@@ -31,57 +26,6 @@ class Features(Protocol):
 
     @property
     def patches(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class BridgeConfig:
-    """Kind and sizes of a bridge.
-
-    ``feature_size`` is the encoder's width of ``feature``, ``decoder_size`` the decoder's n_embd.
-    ``clip_length``, ``num_layers`` and ``num_heads`` are of ``transformer``; ``normalize_features`` is
-    ClipCap's ``--normalize_prefix``. SettingsError for an unknown kind or an impossible size.
-    """
-
-    kind: str
-    feature_size: int
-    decoder_size: int
-    prefix_length: int = 10
-    feature: str = "pooled"
-    clip_length: int = 10
-    num_layers: int = 8
-    num_heads: int = 8
-    normalize_features: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind not in BRIDGES:
-            raise SettingsError(f"bridge kind {self.kind!r} is unknown; known: {', '.join(BRIDGES)}.")
-        if self.feature not in FEATURES:
-            raise SettingsError(f"bridge feature {self.feature!r} is unknown; known: {', '.join(FEATURES)}.")
-        wanted = "patches" if self.kind == "cross_attention" else "pooled"
-        if self.feature != wanted:
-            raise SettingsError(f"a {self.kind} bridge reads {wanted!r} features, not {self.feature!r}.")
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise SettingsError(f"bridge {name} is {getattr(self, name)}; it must be at least 1.")
-        if self.kind == "transformer" and self.decoder_size % self.num_heads:
-            raise SettingsError(f"bridge num_heads {self.num_heads} does not divide decoder_size {self.decoder_size}.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> BridgeConfig:
-        """Build from JSON values; SettingsError names an unknown or missing key and the known ones."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise SettingsError(f"unknown bridge key {key!r}; {hint}known: {', '.join(known)}.")
-        for key in ("kind", "feature_size", "decoder_size"):
-            if key not in values:
-                raise SettingsError(f"the bridge's config lacks {key!r}; known: {', '.join(known)}.")
-        return cls(**values)  # type: ignore[arg-type]
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 class PrefixBridge(nn.Module, ABC):

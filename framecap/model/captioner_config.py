@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framecap.errors import BridgeMismatchError, CaptionerError, PositionLimitError, SettingsError
-from framecap.model.bridge import BridgeConfig
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.ruclip import RuClipConfig
-from framecap.model.rugpt import RuGptConfig
-from framecap.model.weights import read_json
+from framecap.model.json_files import read_json
+from framecap.model.ruclip_layout import RuClipConfig
+from framecap.model.rugpt_config import RuGptConfig
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"

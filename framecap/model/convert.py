@@ -16,7 +16,8 @@ from torch import Tensor
 
 from framecap.errors import BridgeMismatchError, CaptionerError, MissingFileError, SettingsError, StateDictError
 from framecap.manifest import write_manifest
-from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.bridge import build_bridge
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.captioner import BRIDGE_PREFIX, BRIDGE_WEIGHTS, load_bridge_state
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_fit
 from framecap.model.ruclip import RuClip

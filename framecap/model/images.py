@@ -16,10 +16,8 @@ import torch
 from PIL import Image
 
 from framecap.errors import SettingsError
-from framecap.model.pictures import Decode, Frame, crop_and_resize, open_frame
+from framecap.model.pictures import IMAGE_TRANSFORM_VERSION, Decode, Frame, crop_and_resize, open_frame
 from framecap.model.resample import Pixels
-
-IMAGE_TRANSFORM_VERSION = 1
 
 
 def normalise(

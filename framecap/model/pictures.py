@@ -33,6 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000
 
 Frame = bytes | bytearray | memoryview | str | Path | Image.Image | Pixels
 Decode = Literal["exact", "fast"]
+IMAGE_TRANSFORM_VERSION = 1  # part of the fingerprint
 
 _SIGNATURES = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 _CUT_MARKS = (

@@ -11,12 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from framecap.errors import CaptionerError, WeightsError
-from framecap.model.weights import read_json
+from framecap.model.json_files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor  # a driver reads the config and loads no torch
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from framecap.errors import CaptionerError
 from framecap.model.bpe import GptTokenizer
-from framecap.model.weights import read_json
+from framecap.model.json_files import read_json
 
 logger = logging.getLogger(__name__)
 

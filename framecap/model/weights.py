@@ -6,7 +6,6 @@ as strict, so that a checkpoint can hold weights and never code.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import warnings
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from framecap.errors import MissingFileError, StateDictError, UnsafePickleError, WeightsError
+from framecap.model.json_files import read_json
 from framecap.model.plain_pickle import needs_plain_reader, read_plainly
 
 SAFETENSORS_NAME = "model.safetensors"
@@ -138,20 +138,6 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], so
     """
     check_layout(module.state_dict(), state, source)
     module.load_state_dict(dict(state), strict=True)
-
-
-def read_json(path: str | Path) -> dict[str, object]:
-    """Read a JSON object; MissingFileError when it is not there, WeightsError when it is not JSON."""
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist; a checkpoint must have it.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
-    return content
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:

@@ -13,8 +13,9 @@ import pyarrow as pa
 
 import framecap
 from framecap.errors import FramecapError, SettingsError, StorageError, StoreUnavailableError
+from framecap.model.captioner_config import check_options
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.images import IMAGE_TRANSFORM_VERSION
+from framecap.model.pictures import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip_layout import RuClipConfig
 from framecap.pipeline.fragments import FOLDER
 from framecap.pipeline.host import THIS_HOST, Host
@@ -105,10 +106,7 @@ class Job:
         return not self.settings.do_sample  # samples differ from frame to frame, also of equal frames
 
     def check_captioner(self) -> None:
-        """Raise ``CaptionerError`` or ``SettingsError`` if its config does not allow these options; imports the
-        models, hence late."""
-        from framecap.model.captioner_config import check_options
-
+        """Raise ``CaptionerError`` or ``SettingsError`` if its config does not allow these options."""
         check_options(self.captioner_copy.folder, self.decode)
 
     def sized_for(self, resources: Resources) -> Job:

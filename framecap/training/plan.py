@@ -12,7 +12,8 @@ import torch
 
 from framecap.errors import MissingFileError, SettingsError, TrainingError
 from framecap.manifest import sha256_file
-from framecap.model.bridge import BridgeConfig, build_bridge
+from framecap.model.bridge import build_bridge
+from framecap.model.bridge_config import BridgeConfig
 from framecap.model.captioner_config import check_fit
 from framecap.model.ruclip import RuClip, RuClipConfig
 from framecap.model.rugpt import RuGpt
