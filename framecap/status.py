@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from framecap.errors import SettingsError, ShardError, StorageError
+from framecap.pipeline.binding import read_record
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.pipeline.lock import holder_of
 from framecap.pipeline.plan import read_output_footer
@@ -62,7 +63,8 @@ class Status:
 def status_of(output: str, frames: str | None = None) -> Status:
     """The status of the output at ``output``, compared with the frame shards at ``frames``.
 
-    ``frames``: None for the input of the newest run; where that cannot be listed, nothing is said of what is left.
+    ``frames``: None for the input that the output belongs to; where that cannot be listed, nothing is said of what
+    is left.
     What is left is judged by the fingerprint that most shards of the output carry.
 
     Raises:
@@ -84,7 +86,8 @@ def status_of(output: str, frames: str | None = None) -> Status:
     if summaries:
         status.failed = dict(summaries[0].get("failed_shards", {}))
     newest = summaries[0].get("settings", {}) if summaries else {}
-    status.input_uri = frames or newest.get("input_uri")
+    record = read_record(state)
+    status.input_uri = frames or (record.uri if record is not None else newest.get("input_uri"))
     _compare(status, entries, required=frames is not None)
     return status
 
@@ -200,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "How far an output is: done, left and failed shards and rows, errors, lock, last runs."
     parser.epilog = "Exit code: 0 nothing is left, 1 work is left or failed, 2 a place is wrong."
     parser.add_argument("output", metavar="OUT", help="the job's --output-uri")
-    parser.add_argument("--frames", metavar="IN", help="frame shards (default: the input of the newest run)")
+    parser.add_argument("--frames", metavar="IN", help="frame shards (default: the input that OUT belongs to)")
     parser.add_argument("--json", action="store_true", help="one JSON object with every shard")
 
 

@@ -98,8 +98,7 @@ def read_output(out: Path) -> dict[str, pa.Table]:
 
 
 def state_files(out: Path) -> list[str]:
-    """What lies under OUT beside caption shards, ledger and summaries."""
+    """What lies under OUT beside caption shards, ledger, record of the input and summaries."""
     left = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
-    return [
-        name for name in left if not name.endswith((".parquet", "/summary.json")) and name != "_framecap/ledger.jsonl"
-    ]
+    kept = ("_framecap/ledger.jsonl", "_framecap/input.json")
+    return [name for name in left if not name.endswith((".parquet", "/summary.json")) and name not in kept]

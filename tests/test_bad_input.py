@@ -206,10 +206,6 @@ def settings_mistakes(root: Path, captioner: Path) -> dict[str, list[str]]:
         "output as input": ["--input-uri", f"{root}/captioned", *good[2:]],
         "output is input": [*good[:3], f"{root}/in", *good[4:]],
         "unwritable output": [*good[:3], f"{root}/file/out", *good[4:]],
-        "unreachable endpoint": [
-            "--input-uri", "s3://bucket/in", *good[2:], "--storage-options",
-            UNREACHABLE,
-        ],
         "options of which store?": [
             "--input-uri", "s3://b/in", "--output-uri", "gs://b/out", "--storage-options", UNREACHABLE,
         ],
@@ -248,6 +244,16 @@ def test_a_settings_mistake_ends_with_2_and_one_line_and_writes_nothing(
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_endpoint_that_refuses_connections_may_be_back_later(
+    tmp_path: Path, tiny_captioner_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRAMECAP_STORAGE_OPTIONS", "")
+    places = ["--input-uri", "s3://bucket/in", "--output-uri", f"{tmp_path}/out", "--captioner", str(tiny_captioner_dir)]
+    assert main([*places, "--storage-options", UNREACHABLE]) == 75
+    assert "the endpoint http://127.0.0.1:9 cannot be reached" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("ray_cluster")

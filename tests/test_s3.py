@@ -43,7 +43,7 @@ def test_frames_captioner_and_captions_may_all_be_on_s3(bucket: str, tiny_captio
     assert caption(*places, dry_run=True).shards_by_reason == {"changed": 1}
     left = [name.partition("/out/")[2] for name in open_fs(bucket)[0].find("frames/out", withdirs=False)]
     assert sorted(name for name in left if not name.endswith("summary.json")) == [
-        "_framecap/ledger.jsonl", "a.parquet", "deep/b.parquet",
+        "_framecap/input.json", "_framecap/ledger.jsonl", "a.parquet", "deep/b.parquet",
     ]  # fmt: skip
 
 

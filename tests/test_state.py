@@ -109,7 +109,7 @@ def test_the_output_opens_by_its_folder_alone_in_pandas_duckdb_and_polars(
 
 def test_the_state_holds_ledger_summaries_and_its_outputs_name(places: Places) -> None:
     places.run_apart()
-    assert files_of(places.state) == ["ledger.jsonl", "output", "runs/summary.json"]
+    assert files_of(places.state) == ["input.json", "ledger.jsonl", "output", "runs/summary.json"]
     assert (places.state / "output").read_text() == str(places.out)
 
 
@@ -120,7 +120,7 @@ def test_a_second_run_finds_the_state_and_does_nothing(places: Places, flag: boo
     again = places.run_apart() if flag else places.run()
     assert (again.exit_code, again.captioned_rows, again.shards_done_before) == (0, 0, 3)
     assert before[0].stat().st_mtime_ns == before[1]
-    assert files_of(places.state) == ["ledger.jsonl", "output", "runs/summary.json", "runs/summary.json"]
+    assert files_of(places.state) == ["input.json", "ledger.jsonl", "output", "runs/summary.json", "runs/summary.json"]
     assert with_bytes(places.out) == sorted(ROWS)
 
 
@@ -134,7 +134,7 @@ def test_a_relative_folder_and_a_link_are_the_same_state(places: Places, monkeyp
 
 def test_the_default_place_may_be_given_too(places: Places) -> None:
     places.run(state_uri=f"{places.out}/_framecap/")
-    assert files_of(places.out / "_framecap") == ["ledger.jsonl", "runs/summary.json"]
+    assert files_of(places.out / "_framecap") == ["input.json", "ledger.jsonl", "runs/summary.json"]
     assert places.run().shards_done_before == 3
 
 
@@ -147,7 +147,7 @@ def test_fragments_of_an_interrupted_run_are_used(places: Places, monkeypatch: p
     assert list((places.state / "fragments").glob("*.fragment"))
     again = places.run_apart()
     assert (again.recovered_rows, again.captioned_rows, again.published_shards) == (60, 0, 3)
-    assert files_of(places.state) == ["ledger.jsonl", "output", "runs/summary.json", "runs/summary.json"]
+    assert files_of(places.state) == ["input.json", "ledger.jsonl", "output", "runs/summary.json", "runs/summary.json"]
 
 
 def test_a_run_that_holds_the_state_is_respected(places: Places, capfd: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +182,7 @@ def test_pruning_retries_and_sweeping_reach_the_state(places: Places) -> None:
     assert (again.captioned_rows, again.shards_by_reason, again.pruned) == (4, {"errors": 1}, ["s000.parquet"])
     statuses = read_output(places.out)["uris.parquet"].column("caption_status").to_pylist()
     assert statuses == ["error", "error", "truncated", "error"]
-    assert files_of(places.state) == ["ledger.jsonl", "output", "runs/summary.json", "runs/summary.json"]
+    assert files_of(places.state) == ["input.json", "ledger.jsonl", "output", "runs/summary.json", "runs/summary.json"]
     assert sorted(read_output(places.out)) == with_bytes(places.out)
     assert not list(places.out.rglob(".*"))
 
@@ -418,7 +418,7 @@ def test_state_and_output_may_both_be_on_s3(bucket: str, tiny_captioner_dir: Pat
         marker: False, "a.parquet": True, "deep/b.parquet": True,
     }  # fmt: skip
     left = sorted(name.removeprefix(f"{root}/state/") for name in fs.find(f"{root}/state"))
-    assert [name for name in left if not name.endswith("/summary.json")] == ["ledger.jsonl", "output"]
+    assert [name for name in left if not name.endswith("/summary.json")] == ["input.json", "ledger.jsonl", "output"]
     assert len(run_summaries(f"{bucket}/apart/out")) == 2
     assert verify(f"{bucket}/apart/in", f"{bucket}/apart/out").faults == ()
     given = s3_options()

@@ -17,6 +17,7 @@ from framecap.model.captioner_config import check_options
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.pictures import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip_layout import RuClipConfig
+from framecap.pipeline.binding import bind_input
 from framecap.pipeline.fragments import FOLDER
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.plan import fingerprint
@@ -42,6 +43,8 @@ from framecap.storage import (
     storage_options,
     verified_copy,
 )
+
+_PLACES = ("input_uri", "output_uri", "state_uri", "input_moved_from", "captioner")
 
 
 @dataclass(frozen=True)
@@ -170,14 +173,15 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
     check_places(source, settings.input_uri, settings.output_uri)
     if exists(join(source.root, STATE_FOLDER)):
         raise SettingsError(f"--input-uri {settings.input_uri} is an output of this job: it holds {STATE_FOLDER}/")
-    if settings.prune and not source.whole:
-        raise SettingsError(f"--prune needs a whole folder as --input-uri; {settings.input_uri} is a part of one")
     _check_writable("--output-uri", settings.output_uri)
     state_uri = place_state(settings.output_uri, settings.state_uri, source)
     if state_uri != join(settings.output_uri, STATE_FOLDER):
         check_endpoint(state_uri)
         _check_writable("--state-uri", state_uri)
     check_state(settings.output_uri, state_uri)
+    source = bind_input(source, settings.output_uri, state_uri, settings.input_moved_from)
+    if settings.prune and not source.whole:
+        raise SettingsError(f"--prune needs a whole folder as --input-uri; {settings.input_uri} is a part of one")
     decode = decode_options(settings)
     return Job(
         settings=settings,
@@ -202,7 +206,7 @@ def with_absolute_places(settings: CaptionSettings) -> CaptionSettings:
     """
     for name in ("output_uri", "state_uri"):
         check_place_of_job(flag(name), getattr(settings, name))
-    named = {name: getattr(settings, name) for name in ("input_uri", "output_uri", "state_uri", "captioner")}
+    named = {name: getattr(settings, name) for name in _PLACES}
     places = {name: absolute_uri(uri) for name, uri in named.items() if uri}
     for name, uri in places.items():
         if printable(uri) != uri:

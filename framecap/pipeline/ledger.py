@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from framecap.errors import StorageError
 from framecap.pipeline.host import THIS_HOST, Host
-from framecap.storage import exists, join, open_fs, read_bytes, write_bytes_atomic
+from framecap.storage import exists, is_local, join, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
 
+_SEGMENT = re.compile(r".+-\d{6,}\.jsonl")  # <run_id>-<number>.jsonl
 _FLUSH_LINES = 500
 _FLUSH_SECONDS = 10.0
 
@@ -75,14 +79,20 @@ class Ledger:
         write_bytes_atomic(self._file, text.encode())
         self._lines.clear()
         fs, path = open_fs(self._folder)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        for name in self._segment_names():
+            fs.rm_file(f"{path}/{name}")
+        if is_local(self._folder):
+            with suppress(OSError):  # not there, or it holds what framecap did not write
+                Path(path).rmdir()
+
+    def _segment_names(self) -> list[str]:
+        fs, path = open_fs(self._folder)
+        names = [name.rsplit("/", 1)[-1] for name in fs.find(path, maxdepth=1)] if fs.exists(path) else []
+        return sorted(name for name in names if _SEGMENT.fullmatch(name))
 
     def _load(self) -> None:
-        fs, path = open_fs(self._folder)
         sources = [self._file] if exists(self._file) else []
-        if fs.exists(path):
-            sources += [join(self._folder, name.rsplit("/", 1)[-1]) for name in sorted(fs.find(path))]
+        sources += [join(self._folder, name) for name in self._segment_names()]
         for source in sources:
             for line in read_bytes(source).splitlines():
                 try:

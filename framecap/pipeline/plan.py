@@ -16,12 +16,13 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from framecap.errors import ShardError, StoreUnavailableError
+from framecap.errors import SettingsError, ShardError, StoreUnavailableError
 from framecap.pipeline.carried import check_int96
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
 from framecap.shards import Listing, as_shard_error, describe_names, open_shard
+from framecap.storage import join
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,7 +38,7 @@ _BUNDLE = 64  # tiny shards that may share a chunk
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
     """A shard to do: ``todo`` are the rows that must be captioned, all of them unless ``errors``; ``basis`` is
-    the mark of the caption shard that is then improved."""
+    the mark of the caption shard that is then improved; ``present`` that of whatever lies in its place now."""
 
     shard: str
     signature: str
@@ -45,6 +46,7 @@ class ShardPlan:
     reason: str
     todo: tuple[Range, ...]
     basis: str = ""
+    present: str = ""
 
     @property
     def todo_rows(self) -> int:
@@ -80,7 +82,7 @@ class Plan:
     error_rows: int = 0  # rows of done shards that failed in an earlier run
     later: list[ShardPlan] = field(default_factory=list)  # beyond the limit
     failed: dict[str, ShardError] = field(default_factory=dict)
-    gone: list[str] = field(default_factory=list)  # caption shards without frame shard
+    gone: list[str] = field(default_factory=list)  # framecap's own caption shards without frame shard
     left_out: tuple[str, ...] = ()  # see ``Listing``
     marks: dict[str, str] = field(default_factory=dict)  # frame shards of this run's input
     outputs: dict[str, str] = field(default_factory=dict)  # caption shards, with their marks
@@ -113,12 +115,15 @@ def make_plan(
     limit: int | None = None,
     host: Host = THIS_HOST,
 ) -> Plan:
-    """Compare IN with what OUT holds. ``outputs``: listing of OUT; ``wanted``: this run's fingerprint."""
+    """Compare IN with what OUT holds. ``outputs``: listing of OUT; ``wanted``: this run's fingerprint.
+
+    Raises ``SettingsError`` if a file that framecap did not write has the name of a frame shard.
+    """
     published = _published(output_uri, outputs, ledger, host)
-    gone = [name for name in outputs if source.misses(name)]
-    plan = Plan(
-        gone=gone, left_out=source.left_out, failed=dict(source.failed), marks=source.marks, outputs=outputs
-    )
+    foreign = [name for name in outputs if name not in published and not _was_damaged(output_uri, name, ledger)]
+    check_foreign(output_uri, [name for name in foreign if name in source.marks])
+    gone = [name for name in outputs if source.misses(name) and name not in foreign]
+    plan = Plan(gone=gone, left_out=source.left_out, failed=dict(source.failed), marks=source.marks, outputs=outputs)
     reasons: dict[str, str] = {}
     for shard, signature in source.marks.items():
         entry = published.get(shard)
@@ -136,14 +141,15 @@ def make_plan(
         except Exception as error:  # whatever a footer holds is that shard's error
             return as_shard_error(error)
         whole = ((0, rows),) if rows else ()
+        present = outputs.get(shard, "")
         if reasons[shard] == "errors":
             try:
                 failed = _error_ranges(output_uri, shard)
-                return ShardPlan(shard, source.marks[shard], rows, "errors", failed, basis=outputs[shard])
+                return ShardPlan(shard, source.marks[shard], rows, "errors", failed, present, present)
             except ShardError as error:
                 log.warning("caption shard %s is damaged (%s); all of it is done again", shard, error)
-                return ShardPlan(shard, source.marks[shard], rows, "new", whole)
-        return ShardPlan(shard, source.marks[shard], rows, reasons[shard], whole)
+                return ShardPlan(shard, source.marks[shard], rows, "new", whole, present=present)
+        return ShardPlan(shard, source.marks[shard], rows, reasons[shard], whole, present=present)
 
     wanted_shards = sorted(reasons)
     for shard, result in zip(wanted_shards, _parallel(inspect, wanted_shards, host), strict=False):
@@ -152,6 +158,30 @@ def make_plan(
         else:
             (plan.todo if limit is None or len(plan.todo) < limit else plan.later).append(result)
     return plan
+
+
+def check_foreign(output_uri: str, foreign: Sequence[str]) -> None:
+    """Raise ``SettingsError`` if there are files that framecap did not write where caption shards would be."""
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise SettingsError(
+            f"{join(output_uri, foreign[0])}{more} would be replaced, but framecap did not write it; "
+            "choose another --output-uri, or move it away"
+        )
+
+
+def _was_damaged(output_uri: str, shard: str, ledger: Ledger) -> bool:
+    """Whether a file that does not say that framecap wrote it is a caption shard that was damaged since: the ledger
+    knows it, and it is no Parquet file any more."""
+    if shard not in ledger.entries:
+        return False
+    try:
+        open_shard(output_uri, shard).close()
+    except ShardError as error:
+        if error.kind == "unavailable":
+            raise StoreUnavailableError(error.message) from error
+        return True
+    return False
 
 
 def _reason(entry: LedgerEntry | None, signature: str, wanted: str, retry_errors: bool) -> str | None:

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from framecap.errors import ShardError
 from framecap.pipeline.carried import CarriedRows
-from framecap.pipeline.fragments import delete_fragment, list_fragments, read_fragment
+from framecap.pipeline.fragments import delete_fragment, is_fragment_name, list_fragments, read_fragment
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
-from framecap.pipeline.plan import Chunk, Range, ShardPlan
+from framecap.pipeline.plan import Chunk, Range, ShardPlan, read_output_footer
 from framecap.schema import STATUS_ERROR, InputColumns, output_metadata, output_schema
 from framecap.shards import as_shard_error, mark_of, open_shard
 from framecap.storage import atomic_path, is_local, join, open_fs
@@ -189,7 +189,7 @@ class Publisher:
         if self.unfinished:
             return
         for name in list_fragments(self._places.fragments):
-            if name not in self._users:
+            if name not in self._users and is_fragment_name(name):
                 delete_fragment(self._places.fragments, name)
 
     def _forget(self, shard: str) -> None:
@@ -248,10 +248,21 @@ def publish_shard(places: Places, plan: ShardPlan, spans: list[_Span], cache: _F
                     writer.write_table(group)
                 if mark_of(source_uri) != plan.signature:
                     raise ShardError("changed", "the file was replaced while the run was under way; run again")
+                _check_place(places.output, plan)
                 writer.add_key_value_metadata(output_metadata(plan.shard, plan.signature, places.fingerprint, errors))
     except (pa.ArrowException, FileNotFoundError) as error:
         raise as_shard_error(error) from error
     return LedgerEntry(plan.shard, plan.rows, errors, plan.signature, places.fingerprint, mark_of(output_uri))
+
+
+def _check_place(output: str, plan: ShardPlan) -> None:
+    """Raise ``ShardError`` if something that framecap did not write was put where the caption shard goes."""
+    try:
+        now = mark_of(join(output, plan.shard))
+    except FileNotFoundError:
+        return
+    if now != plan.present and read_output_footer(output, plan.shard, now) is None:
+        raise ShardError("foreign", "a file that framecap did not write was put in its place in OUT; move it away")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import logging
 import sys
 
 from framecap.errors import FramecapError, LockedError
+from framecap.pipeline.binding import claim_input
 from framecap.pipeline.exits import EXIT_DONE, EXIT_FAILED, EXIT_WORK_LEFT, RUN_AGAIN_KINDS, exit_code_of
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.job import Job, Resources, prepare
@@ -70,6 +71,7 @@ def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream 
         stops.watch(lock.check)
         resources = stream.start(job, stops) if any(shard.todo_rows for shard in plan.todo) else None
         claim_state(job.output_uri, job.state_uri)
+        claim_input(job.source, job.output_uri, job.state_uri, settings.input_moved_from)
         job = job.sized_for(resources) if resources is not None else job
         publisher = Publisher(job.places, plan.todo, ledger, plan.later, host)
         failure: BaseException | None = None
@@ -100,8 +102,9 @@ def _tidy(job: Job, plan: Plan, publisher: Publisher, summary: Summary, ledger: 
             summary.pruned = prune(job, plan, ledger)
             publisher.forget(job.source.misses)
         ledger.compact()
-        for place in (job.output_uri, job.state_uri):
-            sweep_temporary_files(place)
+        known = plan.marks.keys() | plan.outputs.keys() | ledger.entries.keys()
+        sweep_temporary_files(job.output_uri, known)
+        sweep_temporary_files(job.state_uri, known, is_state=True)
     except OSError as error:
         log.warning("OUT is not tidied up (%s); the next run does it", error)
 

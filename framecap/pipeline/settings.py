@@ -32,6 +32,9 @@ class CaptionSettings(JobSettings):
     state_uri: str | None = Field(
         None, description="folder for the state instead, so that OUT is Parquet only (none: where OUT has it)"
     )
+    input_moved_from: str | None = Field(
+        None, description="the input that OUT belongs to, if it was moved to --input-uri (else OUT is refused)"
+    )
     captioner: str | None = Field(None, description="captioner directory or URI (none: the bundled mini)")
 
     id_column: str = Field("frame_id", description="input column that names a frame")

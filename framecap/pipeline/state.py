@@ -17,7 +17,7 @@ from framecap.storage import exists, is_local, join, open_fs, read_bytes, write_
 
 _MARKER = "state-at."  # followed by the quoted URI
 _OUTPUT = "output"  # holds the URI of OUT
-_OTHERS = {"fragments", "ledger", "ledger.jsonl", "runs"}
+_OTHERS = {"fragments", "input.json", "ledger", "ledger.jsonl", "runs"}
 _LONGEST = 255  # bytes of a file name
 
 

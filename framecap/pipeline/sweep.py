@@ -1,32 +1,53 @@
-"""Tidying up OUT and its state: what killed writers left, and caption shards whose frame shard is gone."""
+"""Tidying up OUT and its state: what killed writers left, and caption shards whose frame shard is gone.
+
+Only what framecap wrote is deleted.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from framecap.pipeline.job import Job
 from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.plan import Plan, read_output_footer
+from framecap.schema import STATE_FOLDER
+from framecap.shards import mark_of
 from framecap.storage import is_local, join, open_fs
 
 log = logging.getLogger(__name__)
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|lock\.[0-9a-f]{32}(\.void)?")
+_TEMPORARY = re.compile(r"\.framecap\.[0-9a-f]{32}\.tmp")
+_OF_THE_STATE = re.compile(r"lock\.[0-9a-f]{32}(\.void)?")
+_NAMED_AFTER_ITS_TARGET = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.tmp")  # of versions before 27 November 2026
 
 
-def sweep_temporary_files(uri: str) -> int:
-    """Delete temporary files of killed writers below ``uri`` (local only: objects appear whole). Needs the lock."""
+def sweep_temporary_files(uri: str, shards: Container[str], is_state: bool = False) -> int:
+    """Delete temporary files of killed writers below ``uri`` (local only: objects appear whole). Needs the lock.
+
+    ``shards``: relative paths of caption shards; ``is_state``: whether ``uri`` is the state itself.
+    """
     if not is_local(uri):
         return 0
+    root = Path(open_fs(uri)[1])
     swept = 0
-    for folder, _, names in os.walk(open_fs(uri)[1]):
+    for folder, _, names in os.walk(root):
+        place = Path(folder).relative_to(root)
+        in_state = is_state or place.parts[:1] == (STATE_FOLDER,)
         for name in names:
-            if _TEMPORARY.fullmatch(name):
+            if _is_temporary(place, name, in_state, shards):
                 Path(folder, name).unlink(missing_ok=True)
                 swept += 1
     return swept
+
+
+def _is_temporary(folder: Path, name: str, in_state: bool, shards: Container[str]) -> bool:
+    if _TEMPORARY.fullmatch(name) or (in_state and _OF_THE_STATE.fullmatch(name)):
+        return True
+    old = _NAMED_AFTER_ITS_TARGET.fullmatch(name)
+    return old is not None and (in_state or (folder / old["target"]).as_posix() in shards)
 
 
 def prune(job: Job, plan: Plan, ledger: Ledger) -> list[str]:
@@ -34,7 +55,11 @@ def prune(job: Job, plan: Plan, ledger: Ledger) -> list[str]:
     pruned = []
     for shard in plan.gone:
         uri = join(job.output_uri, shard)
-        if shard in ledger.entries or read_output_footer(job.output_uri, shard, "") is not None:
+        try:
+            now = mark_of(uri)
+        except FileNotFoundError:
+            continue
+        if now == plan.outputs[shard] or read_output_footer(job.output_uri, shard, now) is not None:
             fs, path = open_fs(uri)
             fs.rm_file(path)
             pruned.append(shard)
