@@ -65,9 +65,7 @@ def plant(source: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def planted(
-    tmp_path_factory: pytest.TempPathFactory, tiny_captioner_dir: Path
-) -> tuple[Path, dict[str, object]]:
+def planted(tmp_path_factory: pytest.TempPathFactory, tiny_captioner_dir: Path) -> tuple[Path, dict[str, object]]:
     root = tmp_path_factory.mktemp("bad")
     plant(root / "in")
     with pytest.MonkeyPatch.context() as patch:
@@ -250,7 +248,14 @@ def test_an_endpoint_that_refuses_connections_may_be_back_later(
     tmp_path: Path, tiny_captioner_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FRAMECAP_STORAGE_OPTIONS", "")
-    places = ["--input-uri", "s3://bucket/in", "--output-uri", f"{tmp_path}/out", "--captioner", str(tiny_captioner_dir)]
+    places = [
+        "--input-uri",
+        "s3://bucket/in",
+        "--output-uri",
+        f"{tmp_path}/out",
+        "--captioner",
+        str(tiny_captioner_dir),
+    ]
     assert main([*places, "--storage-options", UNREACHABLE]) == 75
     assert "the endpoint http://127.0.0.1:9 cannot be reached" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
