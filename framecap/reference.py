@@ -1,13 +1,14 @@
-"""`docs/reference.md`: every setting, command and column, written out from the code itself.
+"""Pages of docs/ that are written out from the code: every setting, command and column, and every file.
 
-``python -m framecap.reference`` prints the page; a test fails when the committed one is out of date.
+``python -m framecap.reference`` writes `docs/reference.md` and `docs/files.md`; a test fails when they are out of date.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+import ast
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 from pydantic.fields import FieldInfo
@@ -18,6 +19,7 @@ from framecap.schema import CANDIDATES_FIELD, CAPTION_FIELDS, COLUMN_MEANINGS, E
 from framecap.settings import JobSettings, flag
 from framecap.training.settings import EvaluateSettings, TrainSettings
 
+ROOT = Path(__file__).parents[1]
 JOBS: dict[str, type[JobSettings]] = {
     "framecap run` and `jobs/caption_frames.py": CaptionSettings,
     "jobs/train_captioner.py": TrainSettings,
@@ -27,15 +29,35 @@ JOBS: dict[str, type[JobSettings]] = {
 _TYPES = {pa.float32(): "float32", CANDIDATES_FIELD.type: "list<string>"}
 _HEAD = """# Reference: settings, commands, columns
 
-<!-- Generated: python -m framecap.reference > docs/reference.md -->
+<!-- Generated: python -m framecap.reference -->
 
 A setting of a job is a flag (`--num-beams 5`), an environment variable (`FRAMECAP_NUM_BEAMS=5`) or a line of the YAML
 file that `--config` names (`num_beams: 5`). A flag beats the environment, the environment beats the file.
 """
 
 
-def page() -> str:
-    """The whole page as Markdown."""
+_FILES_HEAD = """# Every file, with what it is for
+
+<!-- Generated from the first lines of the modules: python -m framecap.reference -->
+
+Imports go downward only; `tests/test_imports.py` has the layers. [architecture.md](architecture.md) says how the parts
+work together.
+"""
+
+
+def files_page(root: Path = ROOT) -> str:
+    """A table for each folder of the code: file, and the first sentence of its docstring."""
+    folders: dict[str, list[tuple[str, ...]]] = {}
+    for path in sorted([*root.glob("framecap/**/*.py"), *root.glob("jobs/*.py")]):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        phrase = " ".join(docstring.partition("\n\n")[0].split())
+        folders.setdefault(path.parent.relative_to(root).as_posix(), []).append((f"`{path.name}`", phrase))
+    tables = [f"## {folder}/\n\n" + _table(("file", "what it is for"), rows) for folder, rows in folders.items()]
+    return "\n".join([_FILES_HEAD, *tables])
+
+
+def reference_page() -> str:
+    """The page of settings, commands and columns as Markdown."""
     parts = [_HEAD, _columns()]
     parts += [_job(script, settings) for script, settings in JOBS.items()]
     parts += [_command(name, parser) for name, parser in _commands()]
@@ -90,5 +112,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
+PAGES: dict[str, Callable[[], str]] = {"docs/reference.md": reference_page, "docs/files.md": files_page}
+
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    for name, page in PAGES.items():
+        (ROOT / name).write_text(page(), encoding="utf-8")

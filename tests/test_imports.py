@@ -93,6 +93,18 @@ def test_no_module_imports_a_layer_above_its_own() -> None:
     assert upward == []
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Inside packages too, and imports inside functions count."""
+    modules = {
+        ".".join(("framecap", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in PACKAGE.rglob("*.py")
+    }
+    graph = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
+    while leaves := [name for name, below in graph.items() if not below & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert {name: sorted(below & graph.keys()) for name, below in graph.items()} == {}
+
+
 def test_the_engine_imports_only_what_a_bare_pytorch_machine_has() -> None:
     foreign = [
         f"{path.name} imports {name}"

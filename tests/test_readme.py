@@ -21,9 +21,17 @@ def operator_page() -> str:
     return (ROOT / "docs" / "operator.md").read_text(encoding="utf-8")
 
 
-def test_the_reference_of_flags_commands_and_columns_is_current() -> None:
-    committed = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert committed == reference.page(), "run: python -m framecap.reference > docs/reference.md"
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_the_pages_written_from_the_code_are_current(name: str) -> None:
+    committed = (ROOT / name).read_text(encoding="utf-8")
+    assert committed == reference.PAGES[name](), "run: python -m framecap.reference"
+
+
+def test_every_file_says_in_a_line_what_it_is_for() -> None:
+    lines = [line for line in reference.files_page().splitlines() if line.startswith("| `")]
+    wrong = [line for line in lines if not 20 <= len(line.split("|")[2].strip()) <= 200]
+    assert len(lines) > 50
+    assert wrong == []
 
 
 def test_the_readme_is_short() -> None:

@@ -16,8 +16,8 @@ from framecap.storage import OPTIONS_VARIABLE
 from framecap.training.features import encode_unit, missing_units
 from framecap.training.loop import Team
 from framecap.training.plan import TrainPlan
-from framecap.training.run import train_worker
 from framecap.training.settings import TrainSettings
+from framecap.training.worker import train_worker
 
 log = logging.getLogger(__name__)
 

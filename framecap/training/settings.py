@@ -91,9 +91,7 @@ class TrainSettings(JobSettings):
         if self.train_on == "text" and self.bridge == "cross_attention":
             raise ValueError("--train-on text needs a bridge over pooled features: mlp, linear or transformer")
         if self.train_on == "pairs" and (self.noise_variance is not None or self.gap_pairs or self.center):
-            raise ValueError(
-                "--noise-variance, --gap-pairs and --center need --train-on text; add it or drop them"
-            )
+            raise ValueError("--noise-variance, --gap-pairs and --center need --train-on text; add it or drop them")
         if self.center and not self.gap_pairs:
             raise ValueError("--center needs --gap-pairs, from which the means are measured")
         share = self.workers * self.accumulate
