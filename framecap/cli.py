@@ -139,9 +139,10 @@ def _describe(args: argparse.Namespace) -> int:
         raise SettingsError(f"{remote[0]} is not a local file; copy it here, or `framecap pack` it for the job")
     options = DecodeOptions(num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
     uri = args.captioner or os.environ.get("FRAMECAP_CAPTIONER") or bundled_captioner()
-    captions = Captioner.from_pretrained(uri, args.device, args.dtype).caption(
-        [Path(image) for image in args.images], options
-    )
+    captioner = Captioner.from_pretrained(uri, args.device, args.dtype)
+    if captioner.config.notice:
+        print(f"framecap: {captioner.config.notice}", file=sys.stderr)
+    captions = captioner.caption([Path(image) for image in args.images], options)
     for image, caption in zip(args.images, captions, strict=True):
         if args.json:
             print(json.dumps({"image": image, **dataclasses.asdict(caption)}, ensure_ascii=False))

@@ -83,9 +83,18 @@ def _list_input(uri: str) -> Listing:
     if not _MAGIC & set(path):
         raise FileNotFoundError(path)
     parts = uri.split("/")
-    first = next(i for i, part in enumerate(parts) if _MAGIC & set(part))
+    first = next(i for i in range(len(parts)) if _is_pattern(parts, i))
     root = "/".join(parts[:first]) or ("/" if uri.startswith("/") else ".")
     return _walk(root, _Rule(tuple(parts[first:]))).listing(root, recursive="**" in uri)
+
+
+def _is_pattern(parts: list[str], place: int) -> bool:
+    """Whether a part of a glob is one; a folder may have brackets in its name."""
+    part = parts[place]
+    if not _MAGIC & set(part):
+        return False
+    fs, path = open_fs("/".join(parts[: place + 1]))
+    return bool(_MAGIC & set(part.replace("[", ""))) or not fs.isdir(path)
 
 
 def list_output(uri: str, called: str = "OUT", also: Iterable[str] = ()) -> dict[str, str]:
@@ -340,6 +349,11 @@ def printable(name: str) -> str:
     """``name`` with ``\\xe9`` for each byte that is not UTF-8 and Python keeps as a surrogate: such a text cannot be
     printed, nor written into JSON or Parquet."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 shard``, ``1,200 shards``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def describe_names(names: Sequence[str], most: int = 5) -> str:

@@ -21,7 +21,7 @@ from framecap.pipeline.lock import holder_of
 from framecap.pipeline.plan import read_output_footer
 from framecap.pipeline.state import state_of
 from framecap.report.report import run_summaries
-from framecap.shards import list_input, list_output, open_shard
+from framecap.shards import counted, list_input, list_output, open_shard
 from framecap.storage import join
 
 _RUNS = 5  # runs that are listed
@@ -167,35 +167,32 @@ def _run(summary: dict[str, Any]) -> Run:
 
 def lines_of(status: Status) -> list[str]:
     """The status as the terminal shows it."""
-    lines = [f"done    {_count(status.done_shards, 'shard')}, {_count(status.done_rows, 'row')}"]
+    lines = [f"done    {counted(status.done_shards, 'shard')}, {counted(status.done_rows, 'row')}"]
     if status.input_uri is None:
         lines.append("left    unknown: the input is not known or cannot be listed; give --frames IN")
     else:
         reasons = Counter(status.left.values())
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        left = f"{_count(len(status.left), 'shard')}, {_count(status.left_rows, 'row')}"
+        left = f"{counted(len(status.left), 'shard')}, {counted(status.left_rows, 'row')}"
         lines.append(f"left    {left}" + (f" ({why})" if why else ""))
-    lines.append(f"failed  {_count(len(status.failed), 'shard')} in the last run")
+    lines.append(f"failed  {counted(len(status.failed), 'shard')} in the last run")
     lines += [f"        {shard}: {error}" for shard, error in list(status.failed.items())[:_SHARDS]]
-    lines.append(f"errors  {_count(status.error_rows, 'row')}" + (" (--retry-errors)" if status.error_rows else ""))
+    lines.append(f"errors  {counted(status.error_rows, 'row')}" + (" (--retry-errors)" if status.error_rows else ""))
     lines += [f"        {kind}: {count:,}" for kind, count in status.errors_by_kind.items()]
     if status.without_frames:
-        lines.append(f"gone    {_count(status.without_frames, 'caption shard')} without a frame shard (--prune)")
+        lines.append(f"gone    {counted(status.without_frames, 'caption shard')} without a frame shard (--prune)")
     if status.foreign:
         named = ", ".join(status.foreign[:_SHARDS])
-        lines.append(f"foreign {_count(len(status.foreign), 'Parquet file')} that framecap did not write: {named}")
+        lines.append(f"foreign {counted(len(status.foreign), 'Parquet file')} that framecap did not write: {named}")
     lines.append(f"lock    {status.holder or 'free'}")
     for run in status.runs:
         stopped = f", {run.stopped}" if run.stopped else ""
         lines.append(
-            f"run     {run.started}  {run.captioned_rows:,} rows captioned, {run.published_shards:,} shards published "
+            f"run     {run.started}  {counted(run.captioned_rows, 'row')} captioned, "
+            f"{counted(run.published_shards, 'shard')} published "
             f"in {run.seconds:.0f} s, exit code {run.exit_code}{stopped}"
         )
     return lines
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,7 +63,7 @@ def caption(source: Path | str, out: Path | str, captioner: Path | str, **settin
     return run(CaptionSettings(input_uri=str(source), output_uri=str(out), captioner=str(captioner), **values))
 
 
-def start_nothing(settings: CaptionSettings) -> Resources:
+def start_nothing(settings: CaptionSettings, *_: object) -> Resources:
     """What ``start_ray`` would say of a single core, without starting Ray."""
     return Resources(0, 1, 0.25, actors=1, min_actors=1, batch_size=settings.batch_size or 8)
 

@@ -12,6 +12,7 @@ import pytest
 
 import framecap
 from framecap.cli import main
+from framecap.demo import bundled_captioner
 from framecap.pipeline.settings import CaptionSettings
 
 
@@ -49,6 +50,26 @@ def test_describe_names_the_bad_image_and_goes_on(
     captured = capsys.readouterr()
     assert f"{bad}: not_an_image" in captured.err
     assert photo in captured.out
+
+
+@pytest.mark.parametrize(
+    "start", [b"\0\0\0\x20ftypisom", b"\x1aE\xdf\xa3", b"RIFF\0\0\0\0AVI "], ids=["mp4", "mkv", "avi"]
+)
+def test_describe_says_that_a_video_is_one_and_what_to_do(
+    start: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clip").write_bytes(start + bytes(200 << 20 if start[:1] == b"R" else 500))
+    assert main(["describe", str(tmp_path / "clip")]) == 3
+    assert "this is a video; `framecap pack VIDEO" in capsys.readouterr().err
+
+
+def test_describe_says_once_that_the_bundled_captioner_knows_only_its_drawn_world(
+    photo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["describe", photo, photo, "--captioner", str(bundled_captioner())]) == 0
+    assert capsys.readouterr().err.count("knows only the drawn world") == 1
+    assert main(["describe", photo]) == 0
+    assert capsys.readouterr().err == "", "a captioner without a domain"
 
 
 @pytest.mark.parametrize(

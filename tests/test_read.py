@@ -47,6 +47,16 @@ def test_a_shard_that_breaks_half_way_leaves_no_rows_for_its_neighbour(tmp_path:
     assert [int(pixels[slot, 0, 0, 0]) for slot in frames.slots] == [20, 21]
 
 
+def test_nobody_waits_after_the_last_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("framecap.pipeline.read.time.sleep", waits.append)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no shard PAR1")
+    chunk = (Piece("bad.parquet", mark_of(str(tmp_path / "bad.parquet")), 0, 2),)
+    [(frames, _)] = read_chunks((chunk,), ReadOptions(str(tmp_path), InputColumns(), resolution=8, seed=0))
+    assert list(frames.failed) == ["bad.parquet"]
+    assert len(waits) == 2, "three tries"
+
+
 def test_memory_follows_the_batch_and_not_the_row_group(tmp_path: Path) -> None:
     """One row group of 96 MB, in pages of 3 MB as a writer of large values leaves them."""
     rows, path = 480, tmp_path / "large.parquet"

@@ -355,7 +355,7 @@ def test_figures_count_every_row_while_the_gallery_keeps_to_its_limit(data: Data
     shown = report.write_report(str(data.captions), str(tmp_path / "r.html"), str(data.frames), options=options)
     page = page_data(tmp_path / "r.html")
     assert page["figures"]["rows"] == 300
-    assert 40 <= shown.shown <= 50
+    assert (shown.shown, shown.rows) == (50, 300)
     assert sum(page["figures"]["statuses"].values()) == 300
     assert page["figures"]["errors"][0]["kind"] == "truncated"
     truncated = page["figures"]["statuses"]["truncated"]
@@ -438,6 +438,17 @@ def test_pictures_beside_their_shard_are_found_from_anywhere(tmp_path: Path) -> 
     assert written.pictures == 60
 
 
+def test_what_a_captioner_says_of_itself_is_on_the_page(data: Dataset, tmp_path: Path) -> None:
+    captions = Path(shutil.copytree(data.captions, tmp_path / "captions"))
+    run = captions / "_framecap" / "runs" / "9"
+    run.mkdir(parents=True)
+    told = {"run_id": "9", "captioned_rows": 300, "notice": "knows only drawings"}
+    (run / "summary.json").write_text(json.dumps(told))
+    report.write_report(str(captions), str(tmp_path / "r.html"))
+    assert page_data(tmp_path / "r.html")["runs"][0]["notice"] == "knows only drawings"
+    assert 'id="notice"' in (tmp_path / "r.html").read_text()
+
+
 def test_no_caption_shards_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no caption shards"):
         report.write_report(str(tmp_path), str(tmp_path / "report.html"))
@@ -448,7 +459,9 @@ def test_the_command_writes_the_page(data: Dataset, tmp_path: Path, capsys: pyte
     report.add_arguments(parser)
     out = str(tmp_path / "r.html")
     assert report.run(parser.parse_args([str(data.captions), "--frames", str(data.frames), "--out", out])) == 0
-    assert "300 frames shown" in capsys.readouterr().out
+    assert "300 frames shown (all there are)" in capsys.readouterr().out
+    assert report.run(parser.parse_args([str(data.captions), "--limit", "50", "--out", out])) == 0
+    assert "50 frames shown (of 300; --limit shows more)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

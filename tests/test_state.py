@@ -363,7 +363,7 @@ def plant_pointer(places: Places) -> None:
 def test_a_rival_that_came_since_the_first_look_is_noticed(
     plant: Callable[[Places], None], settings: dict[str, Any], places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(settings: Any) -> Any:
+    def start(settings: Any, *_: object) -> Any:
         plant(places)
         return start_nothing(settings)
 

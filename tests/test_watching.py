@@ -7,24 +7,40 @@ import pickle
 import re
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards import caption, jpeg, without_ray, write_shards
+from shards import caption, caption_in_process, jpeg, start_nothing, without_ray, write_shards
 
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.pipeline import progress
-from framecap.pipeline.plan import Piece
+from framecap.pipeline.host import Host
+from framecap.pipeline.job import Job, Resources
+from framecap.pipeline.plan import Chunk, Piece
 from framecap.pipeline.read import ReadOptions, read_units
 from framecap.pipeline.records import ActorOptions, ChunkRecord
+from framecap.pipeline.run import run
+from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.stages import CaptionActor
+from framecap.pipeline.stops import Stops
 from framecap.schema import InputColumns
 from framecap.shards import mark_of
 
 __all__ = ["without_ray"]  # a fixture
+
+
+class Clock(Host):
+    """A host whose clock goes by itself no more than a test lets it."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
 
 STAGES = {"read", "decode", "wait", "encode", "generate", "write"}
 
@@ -94,13 +110,70 @@ def test_the_last_line_of_a_run_says_how_it_ended_and_where_its_summary_is(
     assert Path(last.rpartition("; ")[2]).parent.name == summary.run_id
 
 
+@pytest.mark.usefixtures("without_ray")
+def test_the_last_line_names_errors_by_kind_and_what_to_do_about_them(
+    tiny_captioner_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    images = [jpeg(1), b"no picture", b"", b"none"]
+    pq.write_table(pa.table({"frame_id": list("abcd"), "image": images}), tmp_path / "in" / "a.parquet")
+    with caplog.at_level(logging.INFO):
+        caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, max_error_rate=1.0)
+    assert "to do: 1 shard, 4 rows (1 new); done: 0 shards" in caplog.text
+    told = "3 with errors (2 not_an_image, 1 empty; --retry-errors takes them up again), 1 shard published"
+    assert told in caplog.messages[-1]
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_what_prune_deletes_is_named(
+    tiny_captioner_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = write_shards(tmp_path / "in", 2, 3)
+    places = (tmp_path / "in", tmp_path / "out", tiny_captioner_dir)
+    caption(*places)
+    (tmp_path / "in" / names[0]).unlink()
+    with caplog.at_level(logging.INFO):
+        caption(*places, prune=True)
+    assert f"deleted 1 caption shard without a frame shard: {names[0]}" in caplog.messages
+    assert "1 shard deleted (--prune)" in caplog.messages[-1]
+
+
+def test_the_rate_of_a_run_counts_from_its_first_batch(
+    tiny_captioner_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray and the models take a minute to start, then come two batches, 20 s apart."""
+    host = Clock()
+
+    class Stream:
+        def start(self, job: Job, stops: Stops) -> Resources:
+            host.seconds += 60
+            return start_nothing(job.settings)
+
+        def records(
+            self, job: Job, units: list[tuple[Chunk, ...]], resources: Resources, stops: Stops
+        ) -> Iterator[ChunkRecord]:
+            for record in caption_in_process(job, units, resources, stops):
+                yield record
+                host.seconds += 20
+
+    write_shards(tmp_path / "in", 1, 12)
+    settings = CaptionSettings(
+        input_uri=str(tmp_path / "in"), output_uri=str(tmp_path / "out"), captioner=str(tiny_captioner_dir),
+        batch_size=6, max_new_tokens=3,
+    )  # fmt: skip
+    summary = run(settings, host, Stream())
+    assert (summary.captioned_rows, summary.frames_per_second) == (12, 6 / 40)
+
+
 def test_without_a_terminal_a_line_tells_rate_and_time_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "_LOG_EVERY_S", 0.0)
     record = ChunkRecord("", (), {}, statuses={"ok": 25}, error_kinds={}, reused=0, tokens=0, seconds={})
     with caplog.at_level(logging.INFO, progress.__name__), progress.Progress(100) as shown:
+        shown.add(record)
         time.sleep(0.01)
         shown.add(record)
-    assert re.search(r"25 of 100 frames, [\d.]+ frames/s, \d+ s left", caplog.text)
+    assert "25 of 100 frames, no rate yet" in caplog.text, "Ray's start does not count"
+    assert re.search(r"50 of 100 frames, [\d.]+ frames/s, \d+ s left", caplog.text)
     assert capsys.readouterr().err == ""

@@ -17,6 +17,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from framecap.demo.new_models import GRID, RESOLUTION, new_encoder, new_reader
 from framecap.demo.pairs import write_pairs
 from framecap.demo.pictures import draw_pictures
 from framecap.model.captioner import Captioner
+from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig
 from framecap.model.convert import write_manifest
 from framecap.model.devices import choose_device
 from framecap.model.weights import read_state_dict, write_state_dict
@@ -35,6 +37,7 @@ from framecap.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 BRIDGES = ("mlp", "cross_attention")
+DOMAIN = "the drawn world of framecap's demo"
 ENCODER_SEED, PROBE_SEED, PAIRS_SEED, TEST_SEED = 1, 2, 3, 12345
 
 
@@ -75,9 +78,10 @@ def training_settings(out: Path, bridge: str, epochs: float, threads: int) -> Tr
 
 
 def halved(captioner: Path, out: Path) -> Path:
-    """A copy of a captioner directory with its weights in float16."""
+    """A copy of a captioner directory with its weights in float16, which says what it knows."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(captioner, out)
+    replace(CaptionerConfig.from_file(out / CONFIG_NAME), domain=DOMAIN).write(out / CONFIG_NAME)
     for weights in out.rglob("*.safetensors"):
         write_state_dict(weights, {name: tensor.half() for name, tensor in read_state_dict(weights).items()})
     write_manifest(out)

@@ -301,11 +301,12 @@ class Captioner:
         check_list(frames, "frames")
         parts = []
         for chunk in _chunks(frames, CAPTION_BATCH[self.device.type]):
-            results = self._pixels(chunk)
-            for result in results:
+            pixels = []
+            for result in self._pixels(chunk):
                 if isinstance(result, FrameError):
                     raise result
-            parts.append(unit(self.features(np.stack(results)).pooled))  # type: ignore[arg-type]
+                pixels.append(result)
+            parts.append(unit(self.features(np.stack(pixels)).pooled))
         return _rows(parts, self.encoder.config.embed_dim)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

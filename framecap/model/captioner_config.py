@@ -16,15 +16,29 @@ from framecap.model.rugpt_config import RuGptConfig
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
-_KEYS = ("format_version", "bridge", "stop")
+_KEYS = ("format_version", "bridge", "stop", "domain")
 
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """``stop``: strings that end a caption unless ``DecodeOptions.stop`` says otherwise (ClipCap: ".")."""
+    """``stop``: strings that end a caption unless ``DecodeOptions.stop`` says otherwise (ClipCap: ".").
+
+    ``domain``: the only pictures that the captioner knows, in words ("drawn scenes of …"); None: photographs.
+    """
 
     bridge: BridgeConfig
     stop: tuple[str, ...] = ()
+    domain: str | None = None
+
+    @property
+    def notice(self) -> str | None:
+        """One line for whoever reads its captions; None if there is nothing to be said."""
+        if self.domain is None:
+            return None
+        return (
+            f"this captioner knows only {self.domain}: what it says of other pictures means nothing. For photographs "
+            "give --captioner one with real weights (README.md)"
+        )
 
     @classmethod
     def from_file(cls, path: Path) -> CaptionerConfig:
@@ -45,16 +59,20 @@ class CaptionerConfig:
                 f"{path}: format_version is {values.get('format_version')!r}, this framecap reads {FORMAT_VERSION}; "
                 "use the framecap that wrote it, or assemble the captioner again."
             )
-        bridge, stop = values.get("bridge"), values.get("stop", [])
+        bridge, stop, domain = values.get("bridge"), values.get("stop", []), values.get("domain")
         if not isinstance(bridge, dict):
             raise CaptionerError(f"{path}: 'bridge' is {bridge!r}; it must be an object with the bridge's sizes.")
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             raise CaptionerError(f"{path}: 'stop' is {stop!r}; it must be a list of non-empty strings.")
-        return cls(BridgeConfig.from_dict(bridge), tuple(stop))
+        if domain is not None and not (isinstance(domain, str) and domain):
+            raise CaptionerError(f"{path}: 'domain' is {domain!r}; it must be a text, such as \"drawn scenes\".")
+        return cls(BridgeConfig.from_dict(bridge), tuple(stop), domain)
 
     def write(self, path: Path) -> None:
         """Write config.json."""
         values = {"format_version": FORMAT_VERSION, "bridge": self.bridge.to_dict(), "stop": list(self.stop)}
+        if self.domain is not None:
+            values["domain"] = self.domain
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -115,7 +115,7 @@ def import_clipcap(
     check_layout(build_bridge(bridge).state_dict(), mapper, source)
     model.save_pretrained(out / "decoder")
     write_state_dict(out / BRIDGE_WEIGHTS, {BRIDGE_PREFIX + k: v.float() for k, v in mapper.items()})
-    return CaptionerConfig(bridge, stop=config.stop if config else (CLIPCAP_STOP,))
+    return CaptionerConfig(bridge, config.stop if config else (CLIPCAP_STOP,), config.domain if config else None)
 
 
 def clipcap_bridge_config(

@@ -36,6 +36,8 @@ Decode = Literal["exact", "fast"]
 IMAGE_TRANSFORM_VERSION = 1  # part of the fingerprint
 
 _SIGNATURES = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
+_STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in the container of MP4
+_VIDEO_STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x00\x00\x01\xba", b"\x30\x26\xb2\x75")  # Matroska, FLV, MPEG, WMV
 _CUT_MARKS = (
     "truncat",
     "eof",
@@ -136,8 +138,10 @@ def _read_file(path: str | Path, limits: PictureLimits) -> bytes:
             raise IsADirectoryError(0, "it is a folder")
         if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "it is no regular file")
+        head = file.read(12)
+        _check_video(head)  # first: most videos are larger than a picture may be
         check_bytes(status.st_size, limits)
-        return file.read(limits.max_bytes + 1)
+        return head + file.read(limits.max_bytes + 1)
 
 
 def _check_array(array: npt.NDArray[np.generic], limits: PictureLimits) -> Pixels:
@@ -150,7 +154,15 @@ def _check_array(array: npt.NDArray[np.generic], limits: PictureLimits) -> Pixel
     return array.astype(np.uint8, copy=False)
 
 
+def _check_video(head: bytes) -> None:
+    """Raise FrameError if a file that begins with these 12 bytes is a video."""
+    mp4 = head[4:8] == b"ftyp" and head[8:12] not in _STILL_BRANDS
+    if mp4 or head.startswith(_VIDEO_STARTS) or (head[:4] == b"RIFF" and head[8:12] == b"AVI "):
+        raise FrameError("not_an_image", "this is a video; `framecap pack VIDEO --out frames` takes pictures from it.")
+
+
 def _open_bytes(data: bytes, limits: PictureLimits) -> Image.Image:
+    _check_video(data[:12])
     try:
         with _quietly():
             image = Image.open(io.BytesIO(data), formats=installed_formats())

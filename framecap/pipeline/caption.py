@@ -9,7 +9,7 @@ import os
 import pickle
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -24,27 +24,20 @@ from framecap.pipeline.read import ReadOptions, read_units
 from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.stops import Stops
+from framecap.ray_cluster import RayStart
 from framecap.storage import OPTIONS_VARIABLE
 
 log = logging.getLogger(__name__)
 _MOST_BLOCKS = 10_000
 
 
-def start_ray(settings: CaptionSettings) -> Resources:
-    """Join or start a cluster, and size the actor pool by what it has."""
+def start_ray(settings: CaptionSettings, start: RayStart, check: Callable[[], None]) -> Resources:
+    """Join or start a cluster, and size the actor pool by what it has. ``check`` may raise meanwhile."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off: ours is on
-    own = not ray.is_initialized() and settings.ray_address is None and "RAY_ADDRESS" not in os.environ
     if not ray.is_initialized():
-        if own:
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notes on actors are not the operator's
-        ray.init(
-            address=settings.ray_address,
-            log_to_driver=False,
-            include_dashboard=False if own else None,
-            configure_logging=False,
-        )
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notes on actors are not the operator's
+        start.connect(settings.ray_address, check)
     available = ray.cluster_resources()
     cpus, gpus = available.get("CPU", 1.0), available.get("GPU", 0.0)
     num_gpus = settings.num_gpus if settings.num_gpus is not None else (1.0 if gpus else 0.0)
@@ -63,7 +56,7 @@ def start_ray(settings: CaptionSettings) -> Resources:
         log.warning("captioning on %d CPU cores: the cluster has no GPU, or none was asked for", int(cpus))
         num_cpus, reader_cpus = settings.num_cpus or 0.75, 0.25
         fit = max(1, int(cpus * 0.75 / num_cpus))
-    _check_fit({"CPU": num_cpus, "GPU": num_gpus}, own)
+    _check_fit({"CPU": num_cpus, "GPU": num_gpus}, start.own)
     most = settings.max_actors or fit
     return Resources(
         num_gpus=num_gpus,

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 import framecap
 from framecap.errors import FramecapError, SettingsError, StorageError, StoreUnavailableError
-from framecap.model.captioner_config import check_options
+from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_options
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.pictures import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip_layout import RuClipConfig
@@ -49,7 +49,8 @@ _PLACES = ("input_uri", "output_uri", "state_uri", "input_moved_from", "captione
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor takes, how many there may be, and how large its batches are."""
+    """What one actor takes, how many there may be, and how large its batches are. ``notice``: what the reader of the
+    captions should know of the captioner, if anything."""
 
     num_gpus: float
     num_cpus: float
@@ -57,6 +58,7 @@ class Resources:
     actors: int
     min_actors: int
     batch_size: int
+    notice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,12 @@ class Job:
     def share_identical(self) -> bool:
         return not self.settings.do_sample  # samples differ from frame to frame, also of equal frames
 
-    def check_captioner(self) -> None:
-        """Raise ``CaptionerError`` or ``SettingsError`` if its config does not allow these options."""
+    def check_captioner(self) -> str | None:
+        """What the reader of the captions should know of the captioner, if anything (``CaptionerConfig.notice``).
+
+        Raises ``CaptionerError`` or ``SettingsError`` if its config does not allow these options."""
         check_options(self.captioner_copy.folder, self.decode)
+        return CaptionerConfig.from_file(self.captioner_copy.folder / CONFIG_NAME).notice
 
     def sized_for(self, resources: Resources) -> Job:
         return replace(self, batch_size=resources.batch_size)

@@ -21,7 +21,7 @@ from framecap.pipeline.carried import check_int96
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.schema import META_ERRORS, META_FINGERPRINT, META_SIGNATURE, STATUS_ERROR, InputColumns
-from framecap.shards import Listing, as_shard_error, describe_names, open_shard
+from framecap.shards import Listing, as_shard_error, counted, describe_names, open_shard
 from framecap.storage import join
 
 log = logging.getLogger(__name__)
@@ -324,7 +324,8 @@ def describe(plan: Plan) -> list[str]:
     """The plan in lines, for ``--dry-run`` and the log."""
     rows = sum(shard.todo_rows for shard in plan.todo)
     reasons = ", ".join(f"{plan.reasons[r]} {r}" for r in REASONS if plan.reasons[r]) or "nothing"
-    lines = [f"to do: {len(plan.todo)} shards, {rows} rows ({reasons}); done: {plan.done} shards"]
+    to_do = f"{counted(len(plan.todo), 'shard')}, {counted(rows, 'row')}"
+    lines = [f"to do: {to_do} ({reasons}); done: {counted(plan.done, 'shard')}"]
     lines += [f"cannot be read: {shard} ({error})" for shard, error in sorted(plan.failed.items())]
     if plan.left_out:
         lines.append(f"left out: {describe_names(plan.left_out)}")

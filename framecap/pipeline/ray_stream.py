@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from framecap.pipeline.job import Job, Resources
 from framecap.pipeline.plan import Chunk
 from framecap.pipeline.records import ChunkRecord
 from framecap.pipeline.stops import Stops
+from framecap.ray_cluster import RayStart
+
+log = logging.getLogger(__name__)
 
 
 class RecordStream(Protocol):
@@ -27,13 +32,22 @@ class RecordStream(Protocol):
 class RayStream:
     """A ``RecordStream`` from Ray Data, which is imported only when there is work."""
 
+    def __init__(self) -> None:
+        self._ray = RayStart()
+
+    def end(self, exit_code: int) -> None:
+        """Stop a Ray that was started for this run, at the end of the process; see ``RayStart.end``."""
+        self._ray.end(exit_code)
+
     def start(self, job: Job, stops: Stops) -> Resources:
         from framecap.pipeline.caption import start_ray
 
-        job.check_captioner()
-        resources = start_ray(job.settings)
+        notice = job.check_captioner()
+        if notice:
+            log.warning("%s", notice)
+        resources = start_ray(job.settings, self._ray, stops.check)
         stops.listen()
-        return resources
+        return replace(resources, notice=notice)
 
     def records(
         self, job: Job, units: list[tuple[Chunk, ...]], resources: Resources, stops: Stops

@@ -32,6 +32,7 @@ from framecap.storage import join, open_fs
 
 _READ_ROWS = 32  # frames decoded per record batch: 32 of 200 KB are 6 MB
 _RETRY_WAITS = (0.2, 1.0, 3.0, 5.0, 10.0)
+_READ_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def read_chunks(unit: tuple[Chunk, ...], options: ReadOptions) -> Iterator[tuple
 def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> ShardError | None:
     """Add the rows of a piece; after three tries in vain the error, and no row added."""
     before = builder.checkpoint()
-    for attempt in range(3):
+    for attempt in range(_READ_TRIES):
         try:
             position = piece.start
             for batch in stream.rows(piece):
@@ -122,7 +123,7 @@ def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> S
             builder.rewind(before)
             stream.close()
             final = as_shard_error(error)
-            if isinstance(error, ShardError) and error.kind == "changed":
+            if attempt == _READ_TRIES - 1 or (isinstance(error, ShardError) and error.kind == "changed"):
                 break
             time.sleep(_RETRY_WAITS[attempt])
     return final

@@ -10,7 +10,7 @@ import sys
 
 from framecap.errors import FramecapError, LockedError
 from framecap.pipeline.binding import claim_input
-from framecap.pipeline.exits import EXIT_DONE, EXIT_FAILED, EXIT_WORK_LEFT, RUN_AGAIN_KINDS, exit_code_of
+from framecap.pipeline.exits import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, EXIT_WORK_LEFT, RUN_AGAIN_KINDS, exit_code_of
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.job import Job, Resources, prepare
 from framecap.pipeline.ledger import Ledger
@@ -37,15 +37,19 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     ``prog``: the command's name in ``--help``.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    stream, code = RayStream(), EXIT_CRASHED
     try:
-        return run(CaptionSettings.from_command_line(argv, prog)).exit_code
+        code = run(CaptionSettings.from_command_line(argv, prog), stream=stream).exit_code
     except KeyboardInterrupt as error:  # the second Ctrl-C
         print("ended at once; what is finished is kept: run the same line again for the rest", file=sys.stderr)
-        return exit_code_of(error)
+        code = exit_code_of(error)
     except (FramecapError, PermissionError) as error:
         kind = "locked" if isinstance(error, LockedError) else "error"
         print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
-        return exit_code_of(error)
+        code = exit_code_of(error)
+    finally:
+        stream.end(code)
+    return code
 
 
 def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream | None = None) -> Summary:
@@ -69,22 +73,24 @@ def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream 
             log.info("%s", line)
         summary = Summary.begin(job, plan)
         stops.watch(lock.check)
-        resources = stream.start(job, stops) if any(shard.todo_rows for shard in plan.todo) else None
+        resources = _start(job, plan, stream, stops, summary)
         claim_state(job.output_uri, job.state_uri)
         claim_input(job.source, job.output_uri, job.state_uri, settings.input_moved_from)
         job = job.sized_for(resources) if resources is not None else job
         publisher = Publisher(job.places, plan.todo, ledger, plan.later, host)
         failure: BaseException | None = None
         try:
-            _caption_and_publish(job, stream, resources, plan, publisher, summary, stops)
+            try:
+                _caption_and_publish(job, stream, resources, plan, publisher, summary, stops)
+            finally:
+                publisher.finish()
+                if not lock.lost:  # else the files of the other run are in these places
+                    _tidy(job, plan, publisher, summary, ledger)
         except BaseException as error:
             failure = error
             summary.stopped = f"{type(error).__name__}: {str(error)[:500]}"
             raise
         finally:
-            publisher.finish()
-            if not lock.lost:  # else the files of the other run are in these places
-                _tidy(job, plan, publisher, summary, ledger)
             summary.end(publisher, _exit_code(settings, summary, publisher, failure))
             try:
                 where = write_summary(job, summary)
@@ -92,6 +98,20 @@ def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream 
                 where = f"without a summary: {error}"
             log.info("%s; %s", summary.closing(), where)
     return summary
+
+
+def _start(job: Job, plan: Plan, stream: RecordStream, stops: Stops, summary: Summary) -> Resources | None:
+    """Get ready to caption; None if there is nothing to caption, or a reason to stop came meanwhile."""
+    if not any(shard.todo_rows for shard in plan.todo):
+        return None
+    try:
+        resources = stream.start(job, stops)
+    except StopRun as stop:
+        summary.stopped = str(stop)
+        log.warning("stopping: %s", stop)
+        return None
+    summary.notice = resources.notice
+    return resources
 
 
 def _tidy(job: Job, plan: Plan, publisher: Publisher, summary: Summary, ledger: Ledger) -> None:

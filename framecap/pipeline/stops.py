@@ -26,8 +26,10 @@ class Stops:
         self._signal: str | None = None
         self._check: Callable[[], None] | None = None
         self._before: dict[int, Any] = {}
+        self._stderr = 2
 
     def __enter__(self) -> Self:
+        self._stderr = os.dup(2)  # that of now: while Ray starts, 2 leads nowhere
         self.listen()
         return self
 
@@ -43,6 +45,7 @@ class Stops:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._stderr)
 
     def watch(self, check: Callable[[], None]) -> None:
         """Also ask ``check``, which raises ``LockedError`` when the run must stop."""
@@ -66,4 +69,4 @@ class Stops:
             signal.raise_signal(number)
         self._signal = signal.Signals(number).name
         # Logging takes locks, and this may have interrupted their holder.
-        os.write(2, f"\n{self._signal}: stopping in good order; once more ends it at once\n".encode())
+        os.write(self._stderr, f"\n{self._signal}: stopping in good order; once more ends it at once\n".encode())

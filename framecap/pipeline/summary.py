@@ -18,10 +18,11 @@ from framecap.pipeline.publish import Publisher
 from framecap.pipeline.records import ChunkRecord
 from framecap.pipeline.settings import CaptionSettings
 from framecap.schema import SCHEMA_VERSION, STATUS_ERROR
-from framecap.shards import describe_names
+from framecap.shards import counted, describe_names
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 _LEAST_ROWS = 200  # before the error rate of a run says anything
+_LEAST_SECONDS = 10.0  # from the first batch, before a rate from there says anything
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Summary:
     versions: dict[str, str]
     exit_code: int = 0
     stopped: str | None = None
+    notice: str | None = None  # what the reader of the captions should know of the captioner
     ended: str | None = None
     seconds: float = 0.0
     recovered_rows: int = 0
@@ -61,6 +63,7 @@ class Summary:
     _retried: Counter[str] = field(default_factory=Counter, repr=False)
     _host: Host = field(default=THIS_HOST, repr=False)
     _begun: float = field(default=0.0, repr=False)
+    _first: tuple[float, int] | None = field(default=None, repr=False)  # when the first rows came, and how many
 
     @classmethod
     def begin(cls, job: Job, plan: Plan) -> Summary:
@@ -82,6 +85,8 @@ class Summary:
 
     def add(self, record: ChunkRecord) -> None:
         rows = sum(record.statuses.values())
+        if self._first is None:
+            self._first = (self._host.monotonic(), rows)
         self.captioned_rows += rows
         self.reused_rows += record.reused
         self.tokens += record.tokens
@@ -105,32 +110,43 @@ class Summary:
         self.unfinished_shards = publisher.unfinished
         failed = {shard: str(error) for shard, error in publisher.done.failed.items()}
         self.failed_shards = dict(sorted({**self.plan_failed, **failed}.items()))
-        self.frames_per_second = round(self.captioned_rows / self.seconds, 3) if self.seconds else 0.0
+        self.frames_per_second = round(self._rate(), 3)
         self.stage_frames_per_second = {
             stage: round(self.captioned_rows / seconds, 3)
             for stage, seconds in self.stage_seconds.items()
             if seconds > 0
         }
 
+    def _rate(self) -> float:
+        """Frames per second from the first batch on, so without Ray's start; of a short run, over all of it."""
+        if self._first is not None:
+            since, rows = self._first
+            seconds = self._host.monotonic() - since
+            if seconds >= _LEAST_SECONDS and self.captioned_rows > rows:
+                return (self.captioned_rows - rows) / seconds
+        return self.captioned_rows / self.seconds if self.seconds else 0.0
+
     def estimate(self, job: Job) -> str:
         """How long the work may take, by the rate of the last run on this output, if there was one."""
-        rate = last_rate(job)
+        rate, frames = last_rate(job), counted(self.rows_to_do, "frame")
         if not self.rows_to_do:
             return "estimate: nothing to caption"
         if rate is None:
-            return f"estimate: {self.rows_to_do} frames; no earlier run on this output tells the rate"
+            return f"estimate: {frames}; no earlier run on this output tells the rate"
         minutes = self.rows_to_do / rate / 60
         return (
-            f"estimate: {self.rows_to_do} frames in {minutes:.1f} minutes, at the {rate:.1f} frames/s of the last run, "
-            "its options and its start included"
+            f"estimate: {frames} in {minutes:.1f} minutes, at the {rate:.1f} frames/s of the last run, its options "
+            "included, and some seconds for Ray's start"
         )
 
     def closing(self) -> str:
         """How the run ended, in one line for the log."""
+        rate = self.frames_per_second
         counts = [
-            f"{self.captioned_rows:,} frames captioned in {self.seconds:.0f} s ({self.frames_per_second:.1f} frames/s)",
-            f"{self.rows_by_status[STATUS_ERROR]:,} with errors",
-            f"{self.published_shards:,} shards published",
+            f"{counted(self.captioned_rows, 'frame')} captioned in {self.seconds:.0f} s ({rate:.1f} frames/s)",
+            self._errors(),
+            f"{counted(self.published_shards, 'shard')} published",
+            f"{counted(len(self.pruned), 'shard')} deleted (--prune)" if self.pruned else "",
             f"{self.unfinished_shards:,} unfinished" if self.unfinished_shards else "",
             f"{len(self.failed_shards):,} failed" if self.failed_shards else "",
             describe_names(self.left_out, 1) if self.left_out else "",
@@ -138,8 +154,15 @@ class Summary:
         ending = "; run the same line again for the rest" if self.unfinished_shards else ""
         return ", ".join(filter(None, counts)) + f"; exit code {self.exit_code}{ending}"
 
+    def _errors(self) -> str:
+        """Rows with errors by kind, and what to do about them."""
+        if not self.errors_by_kind:
+            return f"{self.rows_by_status[STATUS_ERROR]:,} with errors"
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.errors_by_kind.most_common())
+        return f"{self.rows_by_status[STATUS_ERROR]:,} with errors ({kinds}; --retry-errors takes them up again)"
+
     def to_json(self) -> bytes:
-        hidden = {"_host", "_begun", "_retried", "plan_failed"}  # the latter is part of failed_shards
+        hidden = {"_host", "_begun", "_first", "_retried", "plan_failed"}  # the latter is part of failed_shards
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -157,6 +180,8 @@ def last_rate(job: Job) -> float | None:
     if not fs.exists(path):
         return None
     for name in sorted(fs.find(path), reverse=True):
+        if not name.endswith("/summary.json"):  # a killed run may leave a temporary file
+            continue
         run_id = name.split("/")[-2]
         rate = json.loads(read_bytes(join(job.state_uri, "runs", run_id, "summary.json")))["frames_per_second"]
         if rate:

@@ -15,10 +15,11 @@ from framecap.pipeline.job import Job
 from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.plan import Plan, read_output_footer
 from framecap.schema import STATE_FOLDER
-from framecap.shards import mark_of
+from framecap.shards import counted, mark_of
 from framecap.storage import is_local, join, open_fs
 
 log = logging.getLogger(__name__)
+_NAMED = 20  # deleted shards that the log names; summary.json has them all
 _TEMPORARY = re.compile(r"\.framecap\.[0-9a-f]{32}\.tmp")
 _OF_THE_STATE = re.compile(r"lock\.[0-9a-f]{32}(\.void)?")
 _NAMED_AFTER_ITS_TARGET = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.tmp")  # of versions before 27 November 2026
@@ -66,4 +67,7 @@ def prune(job: Job, plan: Plan, ledger: Ledger) -> list[str]:
         else:
             log.warning("%s was not written by framecap and is left alone", uri)
     ledger.forget(pruned)
+    if pruned:
+        names = ", ".join(pruned[:_NAMED]) + (f" and {len(pruned) - _NAMED} more" if len(pruned) > _NAMED else "")
+        log.info("deleted %s without a frame shard: %s", counted(len(pruned), "caption shard"), names)
     return pruned

@@ -28,7 +28,7 @@ from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
 from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page, with_finite_scores
 from framecap.report.similar import add_similar
-from framecap.shards import list_input, list_output, open_shard
+from framecap.shards import counted, list_input, list_output, open_shard
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,10 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """What is on the page: frames, those of them with a picture, and the shards that could not be read."""
+    """What is on the page: all rows in figures, frames shown, those of them with a picture, and the shards that could
+    not be read."""
 
+    rows: int
     shown: int
     pictures: int
     unreadable: tuple[str, ...]
@@ -116,7 +118,7 @@ def write_report(
         "frames": list(to_page(shown, options.video_id)),
     }
     write_bytes_atomic(out, render(page, pictures).encode())
-    return Written(len(shown), len(pictures), tuple(survey.unreadable))
+    return Written(survey.figures.rows, len(shown), len(pictures), tuple(survey.unreadable))
 
 
 def _checked_places(captions: str, out: str, against: str | None) -> list[str]:
@@ -158,7 +160,7 @@ def run_summaries(captions: str) -> list[dict[str, Any]]:
         names = sorted(fs.find(path), reverse=True) if fs.exists(path) else []
         runs = [name.split("/")[-2] for name in names if name.endswith("/summary.json")]
         return [json.loads(read_bytes(join(folder, run_id, "summary.json"))) for run_id in runs[:20]]
-    except OSError as error:  # a state of its own may be for operators only
+    except (OSError, ValueError) as error:  # a state of its own may be for operators only
         log.warning("the report is without the runs in %s: %s", folder, error)
         return []
 
@@ -192,6 +194,10 @@ def _survey(captions: str, shards: Iterable[str], against: str | None, options: 
         half = max(1, options.limit // 2)
         chosen = {place for _, _, place in heapq.nlargest(half, doubtful)}
         chosen.update(spread.places[:: -(-len(spread.places) // max(1, options.limit - half))])
+        for _, _, place in sorted(doubtful, reverse=True):  # some were chosen twice: the next doubtful ones
+            if len(chosen) >= options.limit:
+                break
+            chosen.add(place)
     survey.places = sorted(chosen)
     return survey
 
@@ -283,7 +289,9 @@ def run(args: argparse.Namespace) -> int:
     columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
     options = ReportOptions(args.limit, args.title, columns, args.video_column)
     written = write_report(args.captions, args.out, args.frames, args.against, options)
-    print(f"{args.out}: {written.shown:,} frames shown, {written.pictures:,} with their pictures")
+    every = written.shown == written.rows
+    of = "all there are" if every else f"of {written.rows:,}; --limit shows more"
+    print(f"{args.out}: {counted(written.shown, 'frame')} shown ({of}), {written.pictures:,} with their pictures")
     if args.frames and not written.pictures:
         print(f"no frame of {args.frames} is one of these: is it the input of this output?", file=sys.stderr)
     for shard in written.unreadable:
