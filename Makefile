@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 BIN := .venv/bin
 DEMO ?= demo-output
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak simulate clean
 
 demo: .venv/run.stamp
 	@echo "Drawing frames, then captioning them; the first start of Ray takes a while."
@@ -20,6 +20,11 @@ lint: .venv/dev.stamp
 
 soak: .venv/dev.stamp
 	$(BIN)/python -m pytest -m soak -s --timeout 7200
+
+SEEDS ?= 1000
+JOBS ?= 2
+simulate: .venv/dev.stamp
+	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS) --jobs $(JOBS) $(if $(SEED),--seed $(SEED))
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "framecap needs Python 3.11, 3.12 or 3.13; none was found on PATH." >&2; exit 1; }

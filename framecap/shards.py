@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate, stringify_path
 
-from framecap.errors import BackendError, SettingsError, ShardError, StorageError
+from framecap.errors import BackendError, SettingsError, ShardError, StorageError, StoreUnavailableError
 from framecap.schema import SHARD_SUFFIX
 from framecap.storage import backend_errors, is_local, join, mark, open_fs
 from framecap.stores import failure_kind
@@ -118,7 +118,8 @@ def list_outputs(uri: str, also: Iterable[str] = ()) -> dict[str, str]:
     found = _walk(uri, rule)
     for name, error in found.failed.items():
         if name.endswith("/"):
-            raise StorageError(f"{join(uri, name)}: {error.message}")
+            kind = StoreUnavailableError if error.kind == "unavailable" else StorageError
+            raise kind(f"{join(uri, name)}: {error.message}")
     for name in also:
         if not rule.judge(name):
             try:
@@ -253,7 +254,7 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _cannot_be_listed(name: str, error: OSError, found: _Found) -> None:
     text = f"the folder cannot be listed: {error.strerror or error}"
-    found.failed[printable(name.rstrip("/")) + "/"] = ShardError("unreadable", text)
+    found.failed[printable(name.rstrip("/")) + "/"] = ShardError(failure_kind(error, "unreadable"), text)
 
 
 def _local_mark(entry: os.DirEntry[str]) -> str:

@@ -226,6 +226,20 @@ def exists(uri: str | os.PathLike[str]) -> bool:
     return bool(fs.exists(path))
 
 
+def names_in(folder: str) -> list[str]:
+    """Names of what lies in a folder now, sorted; none if it does not exist.
+
+    Raises ``OSError`` where fsspec's ``find`` and ``exists`` would take an error for an empty folder.
+    """
+    fs, path = open_fs(folder)
+    fs.invalidate_cache()
+    try:
+        found = [name.rstrip("/") for name in fs.ls(path, detail=False)]
+    except FileNotFoundError:
+        return []
+    return sorted(name.rpartition("/")[2] for name in found if name != path.rstrip("/"))
+
+
 def answers(uri: str | os.PathLike[str]) -> bool:
     """Whether the store of ``uri`` answers now; a local one always does."""
     if is_local(uri):

@@ -24,6 +24,7 @@ _READS = frozenset({"read", "readinto", "readline", "readlines"})  # of a file, 
 _TRANSIENT_ERRNO = frozenset(
     {errno.EBUSY, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ENETUNREACH, errno.EHOSTUNREACH}
 )  # s3fs: SlowDown and 503 are EBUSY, 500 is EREMOTEIO
+_MOMENTARY = _TRANSIENT_ERRNO | {errno.EIO, errno.ESTALE}  # of a mount, which the kernel has waited for
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _TRANSIENT_NAMES = frozenset(
@@ -133,7 +134,7 @@ def failure_kind(error: BaseException, otherwise: str) -> str:
     ``otherwise``."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, StoreUnavailableError):
+        if isinstance(seen, StoreUnavailableError) or (isinstance(seen, OSError) and seen.errno in _MOMENTARY):
             return "unavailable"
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return "no_space"

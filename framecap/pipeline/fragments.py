@@ -18,7 +18,7 @@ import pyarrow as pa
 from framecap.errors import StorageError
 from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.plan import Chunk, Piece
-from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
+from framecap.storage import join, names_in, open_fs, read_bytes, write_bytes_atomic
 from framecap.stores import failure_kind
 
 log = logging.getLogger(__name__)
@@ -88,11 +88,7 @@ def read_fragment(folder: str, name: str) -> tuple[Fragment, pa.Table]:
 
 def list_fragments(folder: str) -> list[str]:
     """Names of all files in the fragments folder, leftovers of killed writers included."""
-    fs, path = open_fs(folder)
-    fs.invalidate_cache()
-    if not fs.exists(path):
-        return []
-    return sorted(name.rsplit("/", 1)[-1] for name in fs.find(path))
+    return names_in(folder)
 
 
 def delete_fragment(folder: str, name: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from framecap.errors import StorageError
 from framecap.pipeline.host import THIS_HOST, Host
-from framecap.storage import exists, is_local, join, open_fs, read_bytes, write_bytes_atomic
+from framecap.storage import is_local, join, names_in, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +86,15 @@ class Ledger:
                 Path(path).rmdir()
 
     def _segment_names(self) -> list[str]:
-        fs, path = open_fs(self._folder)
-        names = [name.rsplit("/", 1)[-1] for name in fs.find(path, maxdepth=1)] if fs.exists(path) else []
-        return sorted(name for name in names if _SEGMENT.fullmatch(name))
+        return [name for name in names_in(self._folder) if _SEGMENT.fullmatch(name)]
 
     def _load(self) -> None:
-        sources = [self._file] if exists(self._file) else []
-        sources += [join(self._folder, name) for name in self._segment_names()]
-        for source in sources:
-            for line in read_bytes(source).splitlines():
+        for source in [self._file, *(join(self._folder, name) for name in self._segment_names())]:
+            try:
+                lines = read_bytes(source).splitlines()
+            except FileNotFoundError:  # no ledger yet, or another run has compacted it meanwhile
+                continue
+            for line in lines:
                 try:
                     entry = LedgerEntry(**json.loads(line))
                 except (ValueError, TypeError) as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from framecap.errors import LockedError, StorageError
+from framecap.errors import LockedError, StorageError, StoreUnavailableError
 from framecap.pipeline.host import THIS_HOST, Background, Host
 from framecap.storage import is_local, naming, open_fs, read_bytes, write_bytes_atomic
 
@@ -104,6 +104,8 @@ class OutputLock:
             if holder is None or not self._is_mine(holder):
                 self._lost = f"{self._uri} was taken over by {self._describe(holder or {})}; this run stops"
                 return
+            if self._ended.is_set():  # the lock is being given up: it must not come back
+                return
             write_bytes_atomic(self._uri, self._content())
             self._renewed = begun
         except Exception as error:  # whatever it is, the lock must go on being kept
@@ -183,12 +185,8 @@ class OutputLock:
         wrong. A store that tells none leaves the time that the holder wrote."""
         if is_local(self._uri):
             return _local_age(Path(open_fs(self._uri)[1]))
-        fs, path = open_fs(self._uri)
-        try:
-            written = float(fs.modified(path).timestamp())
-        except (OSError, AttributeError):
-            written = _number(holder.get("heartbeat"), 0.0)
-        return self._host.now() - written
+        age = _remote_age(self._uri)
+        return self._host.now() - _number(holder.get("heartbeat"), 0.0) if age is None else age
 
     def _stands_still(self, holder: dict[str, Any], seconds: float) -> bool:
         """Whether a lock from the future goes without a heartbeat for ``seconds`` by this machine's clock."""
@@ -241,6 +239,25 @@ def _local_age(lock: Path) -> float:
         raise StorageError(f"{lock} cannot be written: {error}") from error
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _remote_age(uri: str) -> float | None:
+    """Seconds since the lock was written, by the clock of its store; None if the store tells no times."""
+    fs, path = open_fs(uri)
+    probe = f"{path}.{uuid.uuid4().hex}"
+    try:
+        written = fs.modified(path)
+        fs.pipe_file(probe, b"probe")
+        return float((fs.modified(probe) - written).total_seconds())
+    except FileNotFoundError:
+        return 0.0  # gone since: the next attempt creates it
+    except StoreUnavailableError:
+        raise
+    except (OSError, AttributeError):
+        return None
+    finally:
+        with suppress(OSError):  # it was not written, or the next run sweeps it
+            fs.rm_file(probe)
 
 
 @contextmanager

@@ -7,26 +7,34 @@ from __future__ import annotations
 
 import logging
 
-from framecap.pipeline.fragments import delete_fragment, is_fragment_name, list_fragments, read_fragment
+from framecap.errors import StoreUnavailableError
+from framecap.pipeline.fragments import Fragment, delete_fragment, is_fragment_name, list_fragments, read_fragment
+from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.plan import Piece, Plan
 from framecap.pipeline.publish import Publisher
 
 log = logging.getLogger(__name__)
+_READ_WAITS = (1.0, 5.0)  # seconds
 
 
-def take_up_fragments(plan: Plan, folder: str, fingerprint: str, publisher: Publisher) -> int:
+def take_up_fragments(
+    plan: Plan, folder: str, fingerprint: str, publisher: Publisher, host: Host = THIS_HOST
+) -> int:
     """Hand the fragments in ``folder`` to the publisher; returns the rows they hold that are to do now.
 
     Those of other runs are left alone: of shards that this run does not see (a narrower ``--input-uri``) or cannot
     read now, of other captioners or options as long as their shards are not captioned, and of ``--retry-errors``.
+    Raises ``StoreUnavailableError``.
     """
     wanted = {shard.shard: shard for shard in plan.todo}
     uncaptioned = plan.uncaptioned()
     rows = 0
     for name in list_fragments(folder):
         try:
-            fragment, _ = read_fragment(folder, name)
-        except OSError as error:  # a store that does not answer now may do so in the next run
+            fragment = _read_patiently(folder, name, host)
+        except StoreUnavailableError:  # waited for already; its captions must not be made again
+            raise
+        except OSError as error:
             log.warning("fragment %s cannot be read (%s); its rows are captioned again", name, error)
             continue
         except Exception as error:  # cut short or damaged: its rows are captioned again
@@ -46,6 +54,19 @@ def take_up_fragments(plan: Plan, folder: str, fingerprint: str, publisher: Publ
     if rows:
         log.info("%d rows are in fragments of earlier runs", rows)
     return rows
+
+
+def _read_patiently(folder: str, name: str, host: Host) -> Fragment:
+    """A fragment; a disk that stumbles is asked again."""
+    for wait in _READ_WAITS:
+        try:
+            return read_fragment(folder, name)[0]
+        except (StoreUnavailableError, FileNotFoundError):
+            raise
+        except OSError as error:
+            log.warning("fragment %s cannot be read (%s); trying again in %.0f s", name, error, wait)
+            host.sleep(wait)
+    return read_fragment(folder, name)[0]
 
 
 def may_serve(piece: Piece, plan: Plan, uncaptioned: set[str]) -> bool:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt as error:  # the second Ctrl-C
         print("ended at once; what is finished is kept: run the same line again for the rest", file=sys.stderr)
         code = exit_code_of(error)
-    except (FramecapError, PermissionError) as error:
+    except (FramecapError, OSError) as error:
         kind = "locked" if isinstance(error, LockedError) else "error"
         print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
         code = exit_code_of(error)
@@ -161,7 +161,7 @@ def _caption_and_publish(
     summary: Summary,
     stops: Stops,
 ) -> None:
-    summary.recovered_rows = take_up_fragments(plan, job.places.fragments, job.fingerprint, publisher)
+    summary.recovered_rows = take_up_fragments(plan, job.places.fragments, job.fingerprint, publisher, job.host)
     for shard in plan.todo:
         publisher.publish_if_complete(shard.shard)
     remaining = [(shard, subtract(shard.todo, publisher.covered(shard.shard))) for shard in plan.todo]
@@ -170,11 +170,15 @@ def _caption_and_publish(
         return
     chunks = list(make_chunks(remaining, job.chunk_rows))
     units = make_units(chunks, max(1, min(8, len(chunks) // (8 * resources.actors))))
+    counted: set[str] = set()
     with Progress(total, job.host) as progress:
         try:
             for record in stream.records(job, units, resources, stops):
-                summary.add(record)
-                progress.add(record)
+                if record.fragment not in counted:  # else of a task that ran twice
+                    summary.add(record)
+                    progress.add(record)
+                if record.fragment:
+                    counted.add(record.fragment)
                 for name, error in record.failed.items():
                     publisher.fail(name, error)
                 if record.pieces:

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 from framecap.errors import FramecapError, SettingsError
 from framecap.schema import STATE_FOLDER
 from framecap.shards import Listing, absolute
-from framecap.storage import exists, is_local, join, open_fs, read_bytes, write_bytes_atomic
+from framecap.storage import exists, is_local, join, names_in, open_fs, read_bytes, write_bytes_atomic
 
 _MARKER = "state-at."  # followed by the quoted URI
 _OUTPUT = "output"  # holds the URI of OUT
@@ -131,11 +131,4 @@ def _owner(state_uri: str) -> str | None:
 
 def _names(folder: str) -> list[str]:
     """What is in a folder now, without what is hidden."""
-    fs, path = open_fs(folder)
-    fs.invalidate_cache()
-    try:
-        found = [name.rstrip("/") for name in fs.ls(path, detail=False)]
-    except FileNotFoundError:
-        return []
-    names = [name.rpartition("/")[2] for name in found if name != path.rstrip("/")]
-    return sorted(name for name in names if not name.startswith("."))
+    return [name for name in names_in(folder) if not name.startswith(".")]

@@ -16,7 +16,7 @@ from framecap.pipeline.ledger import Ledger
 from framecap.pipeline.plan import Plan, read_output_footer
 from framecap.schema import STATE_FOLDER
 from framecap.shards import counted, mark_of
-from framecap.storage import is_local, join, open_fs
+from framecap.storage import is_local, join, names_in, open_fs
 
 log = logging.getLogger(__name__)
 _NAMED = 20  # deleted shards that the log names; summary.json has them all
@@ -26,12 +26,14 @@ _NAMED_AFTER_ITS_TARGET = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.tmp")  # 
 
 
 def sweep_temporary_files(uri: str, shards: Container[str], is_state: bool = False) -> int:
-    """Delete temporary files of killed writers below ``uri`` (local only: objects appear whole). Needs the lock.
+    """Delete temporary files of killed writers below ``uri``. Needs the lock.
+
+    On a store objects appear whole; there are only those beside the lock.
 
     ``shards``: relative paths of caption shards; ``is_state``: whether ``uri`` is the state itself.
     """
     if not is_local(uri):
-        return 0
+        return _sweep_beside_lock(uri) if is_state else 0
     root = Path(open_fs(uri)[1])
     swept = 0
     for folder, _, names in os.walk(root):
@@ -42,6 +44,14 @@ def sweep_temporary_files(uri: str, shards: Container[str], is_state: bool = Fal
                 Path(folder, name).unlink(missing_ok=True)
                 swept += 1
     return swept
+
+
+def _sweep_beside_lock(state_uri: str) -> int:
+    fs, path = open_fs(state_uri)
+    left = [name for name in names_in(state_uri) if _OF_THE_STATE.fullmatch(name)]
+    for name in left:
+        fs.rm_file(f"{path}/{name}")
+    return len(left)
 
 
 def _is_temporary(folder: Path, name: str, in_state: bool, shards: Container[str]) -> bool:
