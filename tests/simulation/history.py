@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -78,12 +77,14 @@ def base_settings() -> CaptionSettings:
 def captioner(name: str) -> str:
     """A captioner folder with all that a driver reads of one."""
     folder = work_folder() / f"captioner-{name}"
-    (folder / "encoder").mkdir(parents=True)
-    config = folder / "encoder" / "config.json"
-    shutil.copy(ENCODER, config)
-    data = config.read_bytes()
-    entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    (folder / "manifest.json").write_text(json.dumps({"name": name, "files": {"encoder/config.json": entry}}))
+    contents = {f"{part}/pytorch_model.bin": b"" for part in ("encoder", "decoder")}
+    contents |= {"config.json": b"{}", "decoder/config.json": b"{}", "encoder/config.json": ENCODER.read_bytes()}
+    contents["bridge.safetensors"] = name.encode()
+    for own, data in contents.items():
+        (folder / own).parent.mkdir(parents=True, exist_ok=True)
+        (folder / own).write_bytes(data)
+    entries = {own: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for own, data in contents.items()}
+    (folder / "manifest.json").write_text(json.dumps({"name": name, "files": entries}))
     return str(folder)
 
 
