@@ -14,6 +14,7 @@ FOUND = {
     108: "a lock outlasted its expiry where the reader's clock was behind the store's",
     116: "the record of a task that ran twice was counted twice",
     150: "rows of a fragment that could not be read at once were captioned again",
+    139: "a run that ended took the state's folder away from one that was taking the lock (exit code 2)",
     270: "a live lock on a store was taken away by a host whose clock was ahead",
 }
 

@@ -146,6 +146,8 @@ class OutputLock:
 
         Raises ``StorageError`` if there is no lock.
         """
+        if is_local(self._uri) and isinstance(error, FileNotFoundError):
+            return False  # another run that ended took the folder away, which it had made
         try:
             holder = None if is_local(self._uri) else _read(self._uri)
         except OSError:

@@ -201,7 +201,10 @@ def _check_exit_code(run: Run, summary: Summary) -> None:
             f"{run.process.name} ended well with {summary.captioned_rows} rows captioned of {run.rows_given} given",
         )
     if failed and run.process.stumbled == 0:
-        require(failed <= {"changed", "unreadable", "unavailable"}, f"shards failed without a reason: {failed}")
+        require(
+            failed <= {"changed", "unreadable", "unavailable", "no_space", "unwritable"},
+            f"shards failed without a reason: {failed}",
+        )
 
 
 def _check_refusal(history: History, run: Run, error: BaseException) -> None:
@@ -266,7 +269,8 @@ def check_clean_end(history: History, run: Run) -> None:
     others = [
         name
         for name in history.state_files()
-        if name not in ("ledger.jsonl", "output") and not (name.startswith("runs/") and name.endswith("/summary.json"))
+        if name not in ("ledger.jsonl", "output", "input.json")
+        and not (name.startswith("runs/") and name.endswith("/summary.json"))
     ]
     require(not others or history.objects.lag > 0, f"left in the state: {others}")
 
