@@ -10,6 +10,7 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from framecap import schema
 from framecap.errors import SettingsError
+from framecap.row_values import rows_of, values_of
 from framecap.shards import list_input
 from framecap.storage import join, open_fs, read_bytes
 
@@ -36,13 +38,55 @@ def read_captions(uri: str, columns: Sequence[str] | None = None, filter: pc.Exp
     """
     listing = list_input(uri, "the URI")
     fs, _ = open_fs(listing.root)
-    paths = [open_fs(join(listing.root, shard))[1] for shard in listing.marks]
-    fragments = ds.dataset(paths, format="parquet", filesystem=PyFileSystem(FSSpecHandler(fs)))
-    unified = pa.unify_schemas([fragment.physical_schema for fragment in fragments.get_fragments()])
-    data = fragments.replace_schema(unified.remove_metadata())
-    if unknown := [name for name in columns or () if name not in unified.names]:
-        raise SettingsError(f"no column {unknown[0]!r} in {uri}; it has {', '.join(unified.names)}")
-    return data.to_table(columns=None if columns is None else list(columns), filter=filter)
+    arrow_fs = PyFileSystem(FSSpecHandler(fs))
+    paths = {open_fs(join(listing.root, shard))[1]: shard for shard in listing.marks}
+    fragments = ds.dataset(list(paths), format="parquet", filesystem=arrow_fs).get_fragments()
+    schemas = {fragment.path: fragment.physical_schema.remove_metadata() for fragment in fragments}
+    known = list(dict.fromkeys(name for own in schemas.values() for name in own.names))
+    if unknown := [name for name in columns or () if name not in known]:
+        raise SettingsError(f"no column {unknown[0]!r} in {uri}; it has {', '.join(known)}")
+    wanted = known if columns is None else list(columns)
+    unified = pa.schema([_common_field(name, {paths[path]: own for path, own in schemas.items()}) for name in wanted])
+    tables = []
+    for own, group in groupby(schemas, key=lambda path: schemas[path]):
+        lacking = [_first_field(name, schemas.values()) for name in known if name not in own.names]
+        data = ds.dataset(list(group), pa.schema([*own, *lacking]), format="parquet", filesystem=arrow_fs)
+        if filter is not None and _without_views(own) != own:  # Arrow filters no views
+            whole = data.to_table()
+            tables.append(whole.cast(_without_views(whole.schema)).filter(filter).select(wanted).cast(unified))
+        else:
+            tables.append(data.to_table(columns=wanted, filter=filter).cast(unified))
+    return pa.concat_tables(tables)
+
+
+def _without_views(own: pa.Schema) -> pa.Schema:
+    kinds = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in own])
+
+
+def _first_field(name: str, schemas: Iterable[pa.Schema]) -> pa.Field:
+    return next(own.field(name) for own in schemas if name in own.names).with_nullable(True)
+
+
+def _common_field(name: str, schemas: dict[str, pa.Schema]) -> pa.Field:
+    """A type that holds column ``name`` of every shard: writers differ in text (string, large_string, string_view,
+    dictionaries), binaries and widths. Raises ``SettingsError`` if there is none."""
+    kinds = {own.field(name).type: shard for shard, own in schemas.items() if name in own.names}
+    there = [kind for kind in kinds if not pa.types.is_null(kind)]
+    if len(there) < 2:
+        return pa.field(name, there[0] if there else pa.null())
+    if all(map(schema.is_text, there)):
+        return pa.field(name, pa.large_string())
+    if all(map(schema.is_binary, there)):
+        return pa.field(name, pa.large_binary())
+    try:
+        alone = [pa.schema([pa.field(name, kind)]) for kind in there]
+        return pa.unify_schemas(alone, promote_options="permissive").field(0)
+    except pa.ArrowException:
+        named = " and ".join(f"{kind} in {kinds[kind]}" for kind in there[:2])
+        raise SettingsError(
+            f"column {name!r} is {named}; leave it out of columns=[…], or read these shards apart"
+        ) from None
 
 
 _BOX = "aspect-ratio:16/9;background:#8883;border-radius:4px"  # of every picture: upright ones break no row
@@ -86,10 +130,10 @@ def show(frames: Iterable[Any] | pa.Table, captions: Iterable[Any] | pa.Table | 
         frames = _column(frames, "image")
     notes: list[str] = []
     if isinstance(captions, pa.Table):
-        notes = [_note(row) for row in captions.to_pylist()]
+        notes = [_note(row) for row in rows_of(captions)]
         captions = _column(captions, "caption")
-    frames = frames.to_pylist() if isinstance(frames, pa.Array | pa.ChunkedArray) else frames
-    captions = captions.to_pylist() if isinstance(captions, pa.Array | pa.ChunkedArray) else captions
+    frames = values_of(frames) if isinstance(frames, pa.Array | pa.ChunkedArray) else frames
+    captions = values_of(captions) if isinstance(captions, pa.Array | pa.ChunkedArray) else captions
     pictures = [_data_uri(frame, width * 2) for frame in frames]
     captions = [""] * len(pictures) if captions is None else captions
     words = [str(getattr(caption, "text", caption) or "") for caption in captions]
@@ -101,8 +145,7 @@ def show(frames: Iterable[Any] | pa.Table, captions: Iterable[Any] | pa.Table | 
 def _column(table: pa.Table, name: str) -> list[Any]:
     if name not in table.column_names:
         raise SettingsError(f"no column {name!r} to show; the table has {', '.join(table.column_names)}")
-    values: list[Any] = table[name].to_pylist()
-    return values
+    return values_of(table[name])
 
 
 def _note(row: dict[str, Any]) -> str:
@@ -127,7 +170,7 @@ def _data_uri(frame: Any, side: int) -> str | None:
         else:
             data = frame if isinstance(frame, bytes) else read_bytes(frame)
             picture = Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # whatever a decoder raises is this frame's gap
         return None
     picture.thumbnail((side, side))
     encoded = io.BytesIO()

@@ -162,7 +162,8 @@ def is_text(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _is_binary(kind: Any) -> bool:
+def is_binary(kind: Any) -> bool:
+    """Whether an Arrow type holds bytes."""
     return bool(
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
@@ -178,8 +179,8 @@ def _is_uri(kind: Any) -> bool:
 def _is_image(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         types = {kind.field(place).name: kind.field(place).type for place in range(kind.num_fields)}
-        return _is_binary(types.get("bytes", pa.int8())) and _is_uri(types.get("path", pa.null()))
-    return _is_binary(kind) or pa.types.is_null(kind)
+        return is_binary(types.get("bytes", pa.int8())) and _is_uri(types.get("path", pa.null()))
+    return is_binary(kind) or pa.types.is_null(kind)
 
 
 def _listed(schema: pa.Schema) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import posixpath
 from collections.abc import Callable, Iterator
@@ -11,18 +12,21 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framecap.errors import FrameError, ShardError
 from framecap.pipeline.read import fetch
 from framecap.report.doubt import doubt, flags
 from framecap.report.thumbnails import thumbnail
+from framecap.row_values import rows_of
 from framecap.schema import InputColumns
-from framecap.shards import open_shard
+from framecap.shards import open_shard, short_text
 from framecap.storage import join
 
+log = logging.getLogger(__name__)
+
 SCORES = ("caption_logprob", "caption_min_logprob", "caption_tokens", "caption_similarity")
+TIME_COLUMN = "timestamp_ms"
 _BATCH = 64
 _THREADS = 4
 _LARGEST = 12_000  # characters of one picture, where the page has room for it
@@ -63,7 +67,7 @@ def to_page(shown: list[Shown], video_id: str) -> Iterator[list[Any]]:
             order[id(frame)],
             frame.frame_id,
             frame.shard if video is None else str(video),
-            _time(row.get("timestamp_ms")),
+            _time(row.get(TIME_COLUMN)),
             row["caption"],
             row["caption_status"],
             row["caption_error"],
@@ -111,8 +115,8 @@ def add_thumbnails(
                         for frame, small in threads.map(functools.partial(_with_small, folder, budget), batch):
                             frame.thumbnail = small
                         advance(len(batch))
-            except (ShardError, pa.ArrowException, OSError):
-                continue  # the gallery shows the captions of a lost shard without pictures
+            except Exception as error:  # the gallery shows the captions of a lost shard without pictures
+                log.warning("the report is without pictures of %s: %s", shard, short_text(error))
 
 
 def _images(
@@ -130,10 +134,12 @@ def _images(
             number = start
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[columns.frame_id, *sources]):
                 found = []
-                for place, row_id in enumerate(batch[columns.frame_id]):
-                    frame = wanted.get(number + place)
-                    if frame is not None and str(row_id.as_py()) == frame.frame_id:
-                        values = (batch[name][place].as_py() for name in sources)
+                for place in range(len(batch)):
+                    if (frame := wanted.get(number + place)) is None:
+                        continue
+                    row = rows_of(batch[place:][:1])[0]
+                    if str(row[columns.frame_id]) == frame.frame_id:
+                        values = (row[name] for name in sources)
                         found.append((frame, next((value for value in values if value is not None), None)))
                 number += len(batch)
                 yield found

@@ -18,7 +18,6 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
-import pyarrow as pa
 from tqdm import tqdm
 
 from framecap import schema
@@ -26,9 +25,10 @@ from framecap.errors import SettingsError, ShardError
 from framecap.pipeline.state import state_of
 from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
-from framecap.report.gallery import BLOCK, SCORES, Shown, add_thumbnails, to_page, with_finite_scores
+from framecap.report.gallery import BLOCK, SCORES, TIME_COLUMN, Shown, add_thumbnails, to_page, with_finite_scores
 from framecap.report.similar import add_similar
-from framecap.shards import counted, list_input, list_output, open_shard
+from framecap.row_values import rows_of
+from framecap.shards import as_shard_error, counted, list_input, list_output, open_shard, short_text
 from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def run_summaries(captions: str) -> list[dict[str, Any]]:
         names = sorted(fs.find(path), reverse=True) if fs.exists(path) else []
         runs = [name.split("/")[-2] for name in names if name.endswith("/summary.json")]
         return [json.loads(read_bytes(join(folder, run_id, "summary.json"))) for run_id in runs[:20]]
-    except (OSError, ValueError) as error:  # a state of its own may be for operators only
+    except (OSError, ValueError) as error:  # a state of its own may be for operators only; a summary may be cut short
         log.warning("the report is without the runs in %s: %s", folder, error)
         return []
 
@@ -183,8 +183,8 @@ def _survey(captions: str, shards: Iterable[str], against: str | None, options: 
                 if len(doubtful) > options.limit:
                     heapq.heappop(doubtful)
                 spread.add((shard, row_number))
-        except (ShardError, pa.ArrowException, OSError) as error:
-            survey.unreadable[shard] = _in_words(error)
+        except Exception as error:  # whatever a page holds is that shard's error
+            survey.unreadable[shard] = _in_words(as_shard_error(error))
             # The figures count what could be read of it, the gallery leaves it out.
             doubtful = [entry for entry in doubtful if entry[2][0] != shard]
             heapq.heapify(doubtful)
@@ -235,17 +235,19 @@ def _rows(
     frame_id = options.columns.frame_id
     start = 0
     with open_shard(captions, shard) as file:
-        embeddings = {schema.EMBEDDING_COLUMN, schema.CAPTION_EMBEDDING_COLUMN}
-        names = [name for name in file.schema_arrow.names if name not in embeddings]
-        if missing := {frame_id, *(f.name for f in schema.CAPTION_FIELDS[:-1])} - set(names):
+        there = set(file.schema_arrow.names)
+        if missing := {frame_id, *(f.name for f in schema.CAPTION_FIELDS[:-1])} - there:
             raise ShardError("missing_column", f"no column {sorted(missing)[0]!r}: not a caption shard")
-        if wanted is None:
-            names = [frame_id, *(f.name for f in schema.CAPTION_FIELDS if f.name in names)]
-        for batch in file.iter_batches(_BATCH, columns=names):
+        read = [frame_id, *(f.name for f in schema.CAPTION_FIELDS)]
+        if wanted is not None:
+            read += [options.video_id, TIME_COLUMN, schema.CANDIDATES_FIELD.name]
+        for batch in file.iter_batches(_BATCH, columns=[name for name in dict.fromkeys(read) if name in there]):
             first, last = bisect_left(wanted or (), start), bisect_left(wanted or (), start + len(batch))
-            numbers = range(start, start + len(batch)) if wanted is None else wanted[first:last]
-            chosen = batch if wanted is None else batch.take([number - start for number in numbers])
-            for number, row in zip(numbers, chosen.to_pylist(), strict=True):
+            if wanted is None:
+                rows = list(enumerate(rows_of(batch), start))
+            else:  # row by row: Arrow cannot take rows of every type
+                rows = [(number, rows_of(batch[number - start :][:1])[0]) for number in wanted[first:last]]
+            for number, row in rows:
                 yield number, with_finite_scores(row), others.get(row[frame_id])
             start += len(batch)
 
@@ -256,8 +258,9 @@ def _others(against: str, shard: str, options: ReportOptions) -> dict[Any, dict[
         with open_shard(against, shard) as file:
             if not set(names) <= set(file.schema_arrow.names):  # no caption shard
                 return {}
-            rows = file.read(columns=names).to_pylist()
-    except (ShardError, pa.ArrowException, OSError):
+            rows = rows_of(file.read(columns=names))
+    except Exception as error:  # the page then says that these frames were only here
+        log.warning("%s of --against cannot be read: %s", shard, short_text(error))
         return {}
     return {row[options.columns.frame_id]: with_finite_scores(row) for row in rows}
 
