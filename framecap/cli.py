@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from framecap import __version__
+from framecap.console import print_anything
 from framecap.errors import FramecapError, SettingsError, StoreUnavailableError
 from framecap.manifest import manifest_files
 from framecap.storage import is_local
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ``framecap run`` has the exit codes of the caption job, see ``pipeline/run.py``.
     """
+    print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     try:

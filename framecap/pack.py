@@ -94,10 +94,10 @@ def pack(
         StorageError: ``out`` has a scheme without a backend.
     """
     options = options or PackOptions()
-    found = list_sources(sources)
+    found, lost = list_sources(sources)
     with backend_errors(out):
         _clear(out, options.overwrite)
-    unreadable: list[Unreadable] = []
+    unreadable = [Unreadable(entry.uri, entry.error) for entry in lost]
     silent = not (sys.stderr.isatty() if progress is None else progress)
     writer = ShardWriter(out, int(options.shard_mb * 1_000_000))
     with writer, tqdm(found, unit="file", disable=silent, desc="pack", miniters=0) as bar:
@@ -166,7 +166,7 @@ def _image_row(source: Source) -> Row:
             size = picture.size
             picture.draft("RGB", (8, 8))  # a JPEG is decoded at an eighth: enough to see that it is whole
             picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder raises
         if isinstance(error, UnidentifiedImageError):
             kind, message = ("not_an_image", "no image format is recognised") if data else ("empty", "zero bytes")
             raise FrameError(kind, message) from error

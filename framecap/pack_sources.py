@@ -5,13 +5,15 @@ Knows nothing of shards, nor of what is inside the files.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from framecap.errors import SettingsError
-from framecap.storage import backend_errors, join, open_fs
+from framecap.shards import printable
+from framecap.storage import backend_errors, is_local, join, open_fs
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 VIDEO_SUFFIXES = frozenset(
@@ -31,8 +33,17 @@ class Source:
     is_video: bool
 
 
-def list_sources(given: Sequence[str]) -> list[Source]:
-    """Every image and video among ``given``, in the order given; a folder's files in path order.
+@dataclass(frozen=True)
+class Lost:
+    """A file or folder below a source that cannot be packed."""
+
+    uri: str
+    error: str
+
+
+def list_sources(given: Sequence[str]) -> tuple[list[Source], list[Lost]]:
+    """Every image and video among ``given``, in the order given; a folder's files in path order. And what is lost:
+    folders that cannot be listed, names that are not UTF-8.
 
     With more than one source, a folder's names begin with the folder's own, so that ids stay apart. A video
     loses its suffix, unless two videos differ by nothing else.
@@ -40,8 +51,9 @@ def list_sources(given: Sequence[str]) -> list[Source]:
     Raises:
         SettingsError: nothing to pack, a source that does not exist, or two files of one name.
     """
-    files = [file for uri in given for file in _below(uri, prefix=len(given) > 1)]
-    if not files:
+    lost: list[Lost] = []
+    files = [file for uri in given for file in _below(uri, prefix=len(given) > 1, lost=lost)]
+    if not files and not lost:
         raise SettingsError(f"{', '.join(given) or 'no source'}: no image or video to pack there; check the path")
     stems = Counter(str(path.with_suffix("")) for _, path, _ in files if _is_video(path))
     sources, seen, positions = [], dict[str, str](), Counter[str]()
@@ -54,15 +66,15 @@ def list_sources(given: Sequence[str]) -> list[Source]:
         video_id = name if video else folder
         sources.append(Source(uri, name, video_id, positions[video_id], video))
         positions[video_id] += 1
-    return sources
+    return sources, lost
 
 
 def _is_video(path: PurePosixPath) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def _below(uri: str, prefix: bool) -> list[tuple[str, PurePosixPath, str]]:
-    """(URI, path that names it, folder) of each file at or below ``uri``."""
+def _below(uri: str, prefix: bool, lost: list[Lost]) -> list[tuple[str, PurePosixPath, str]]:
+    """(URI, path that names it, folder) of each file at or below ``uri``; to ``lost`` go those that cannot be read."""
     fs, path = open_fs(uri)
     root = PurePosixPath(path)
     with backend_errors(uri):
@@ -70,13 +82,36 @@ def _below(uri: str, prefix: bool) -> list[tuple[str, PurePosixPath, str]]:
             return [(uri, PurePosixPath(root.name), root.parent.name)]
         if not fs.exists(path):
             raise SettingsError(f"{uri} does not exist; check the path")
-        files = sorted(fs.find(path))
+        files = sorted(_local_files(path, lost) if is_local(uri) else fs.find(path))
     found = []
     for file in files:
         relative = PurePosixPath(file).relative_to(root)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if not hidden and relative.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+        if hidden or relative.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+            continue
+        if printable(file) != file:
+            lost.append(Lost(printable(join(uri, str(relative))), "its name is not UTF-8; rename it"))
+        else:
             named = root.name / relative if prefix else relative
             folder = str(named.parent) if named.parent.name else root.name
             found.append((join(uri, str(relative)), named, folder))
     return found
+
+
+def _local_files(folder: str, lost: list[Lost], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Paths of the files below a local folder. A link to a folder ``above`` it is not entered."""
+    try:
+        status = Path(folder).stat()
+        with os.scandir(folder) as listed:
+            entries = list(listed)
+    except OSError as error:
+        lost.append(Lost(printable(folder), f"the folder cannot be listed: {error.strerror or error}"))
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _local_files(entry.path, lost, (*above, identity))
+        else:
+            yield entry.path

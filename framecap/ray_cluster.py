@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from framecap.errors import SettingsError
 from framecap.storage import is_local
@@ -65,8 +66,7 @@ class RayStart:
                     raise SettingsError(f"the Ray cluster at {target} did not let us join; {_WHICH_ADDRESS}")
             self._under_way = False
         if self._error is not None:
-            what = "Ray cannot be started" if self.own else f"the Ray cluster at {target} cannot be joined"
-            raise SettingsError(f"{what}: {_first_line(self._error)}") from self._error
+            raise _explained(self._error, target) from self._error
 
     def end(self, exit_code: int) -> None:
         """Stop a Ray that was started here. Where its start was broken off, the process ends with ``exit_code``:
@@ -98,6 +98,36 @@ class RayStart:
         threading.Event().wait()  # the kernel would kill Ray's processes with the thread that started them
 
 
+def join_or_start(address: str | None, **how: Any) -> None:
+    """``ray.init`` with ``how``, for a process that leaves signals to Ray.
+
+    Raises:
+        SettingsError: nothing answers at the address, or Ray cannot start; with Ray's own reason.
+    """
+    import ray
+
+    target = _address_to_join(address)
+    try:
+        ray.init(address=address or None, **how)
+    except Exception as error:  # Ray raises errors of its own, OSError, RuntimeError and plain Exception
+        raise _explained(error, target) from error
+
+
+def _explained(error: BaseException, target: str | None) -> SettingsError:
+    """An error of ``ray.init`` as one line that says what to do."""
+    text = _first_line(error)
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if target is not None:
+        fix = "; give RAY_AUTH_MODE=token and the cluster's token" if "uthentication" in type(error).__name__ else ""
+        return SettingsError(f"the Ray cluster at {target} cannot be joined: {text}{fix}")
+    if "AF_UNIX" in text:
+        return SettingsError(f"{folder} is too long for the names of Ray's sockets; set RAY_TMPDIR to a short path")
+    if isinstance(error, OSError):
+        reason = error.strerror or text
+        return SettingsError(f"Ray cannot use {folder} ({reason}); set RAY_TMPDIR to a folder that can be written")
+    return SettingsError(f"Ray cannot be started: {text}")
+
+
 _WHICH_ADDRESS = "check --ray-address, RAY_ADDRESS, and whether the cluster is up (`ray status`)"
 
 
@@ -117,7 +147,7 @@ def _address_to_join(address: str | None) -> str | None:
         host, _, port = found.rpartition("://")[2].rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, ValueError) as error:
-        where = named or "the address that an earlier `ray start` left behind"
+        where = named or "the address that an earlier `ray start` left behind (`ray stop` forgets it)"
         raise SettingsError(f"no Ray cluster answers at {where} ({_first_line(error)}); {_WHICH_ADDRESS}") from error
     return str(found)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under `ray job submit --working-dir .`
 
+from framecap.console import print_anything
 from framecap.errors import FramecapError
 from framecap.training.evaluate import evaluate, format_table
 from framecap.training.settings import EvaluateSettings
@@ -15,6 +16,7 @@ from framecap.training.settings import EvaluateSettings
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 0 done, 2 for settings or files that cannot be used."""
+    print_anything()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         settings = EvaluateSettings.from_command_line(argv)

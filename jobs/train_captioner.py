@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under `ray job submit --working-dir .`
 
+from framecap.console import print_anything
 from framecap.errors import FramecapError
 from framecap.training.run import train_captioner
 from framecap.training.settings import TrainSettings
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train and print where the captioner is; 0 done, 2 for settings, data or disk that do not allow it,
     130 after Ctrl-C.
     """
+    print_anything()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = TrainSettings.from_command_line(argv)

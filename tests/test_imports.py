@@ -13,7 +13,7 @@ import framecap
 PACKAGE = Path(framecap.__file__).parent
 # A layer may import itself and every layer above it in this list.
 LAYERS = [
-    {"errors", "schema", "_root"},
+    {"errors", "schema", "console", "_root"},
     {
         "manifest",
         "storage",

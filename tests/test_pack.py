@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -308,3 +309,17 @@ def test_a_folder_that_holds_shards_is_refused_unless_overwritten(pictures: Path
         pack.pack([str(pictures)], out)
     result = pack.pack([str(pictures)], out, pack.PackOptions(overwrite=True))
     assert len(result.shards) == len(list(Path(out).iterdir())) == 1
+
+
+def test_a_name_that_is_not_utf8_and_a_loop_of_links_cost_only_themselves(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    (source / "дача").mkdir(parents=True)
+    Image.new("RGB", (32, 24), "red").save(source / "дача" / "ok.jpg")
+    (source / "дача" / "again").symlink_to("..")
+    (source / "dead.jpg").symlink_to("nowhere.jpg")
+    torn = os.fsencode(source) + b"/" + "снимок.jpg".encode("cp1251")
+    Path(os.fsdecode(torn)).write_bytes((source / "дача" / "ok.jpg").read_bytes())
+    result = pack.pack([str(source)], str(tmp_path / "out"))
+    assert pq.read_table(result.shards[0])["frame_id"].to_pylist() == ["дача/ok.jpg"]
+    assert sorted(Path(entry.uri).name for entry in result.unreadable) == [r"\xf1\xed\xe8\xec\xee\xea.jpg", "dead.jpg"]
+    assert all(str(entry.error).encode() for entry in result.unreadable)

@@ -11,7 +11,9 @@ import pytest
 from cluster import free_port
 from shards import write_shards
 
+from framecap.errors import SettingsError
 from framecap.pipeline.run import main
+from framecap.ray_cluster import check_place_of_job, join_or_start
 
 # Ray's start hangs, as on a machine that is out of memory; it tells a secret on standard error before.
 HANGING = """
@@ -63,3 +65,38 @@ def test_an_address_where_nothing_answers_is_one_line_and_holds_no_lock(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: no Ray cluster answers at {address} (")
     assert not (tmp_path / "out" / "_framecap" / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("/tmp/" + "x" * 110, "is too long for the names of Ray's sockets; set RAY_TMPDIR"),
+        ("/proc/1/nothing", "Ray cannot use /proc/1/nothing"),
+    ],
+)
+def test_a_temporary_folder_that_ray_cannot_use_is_one_line(folder: str, said: str) -> None:
+    code = (
+        "from framecap.errors import SettingsError\nfrom framecap.ray_cluster import join_or_start\n"
+        "try:\n    join_or_start('local')\nexcept SettingsError as error:\n    print(error)"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert said in done.stdout
+
+
+def test_training_names_an_address_where_nothing_answers() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(SettingsError, match=f"no Ray cluster answers at {address}"):
+        join_or_start(address)
+
+
+def test_a_relative_output_under_ray_job_submit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_place_of_job("--output-uri", "captions")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for fine in ("/data/captions", "s3://bucket/captions", "file:///data/captions", None):
+        check_place_of_job("--output-uri", fine)
+    with pytest.raises(SettingsError, match=r"--output-uri captions is relative, and under `ray job submit`"):
+        check_place_of_job("--output-uri", "captions")

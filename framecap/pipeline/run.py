@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from framecap.console import print_anything
 from framecap.errors import FramecapError, LockedError
 from framecap.pipeline.binding import claim_input
 from framecap.pipeline.exits import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, EXIT_WORK_LEFT, RUN_AGAIN_KINDS, exit_code_of
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
     ``prog``: the command's name in ``--help``.
     """
+    print_anything()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     stream, code = RayStream(), EXIT_CRASHED
     try:

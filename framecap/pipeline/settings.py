@@ -94,7 +94,9 @@ class CaptionSettings(JobSettings):
     max_error_rate: float = Field(0.2, ge=0, le=1, description="stop when a larger share of the rows fails")
     lock_expiry: Seconds = Field(120.0, gt=1, description="a lock without a heartbeat for this long is stale")
     no_progress_timeout: Seconds = Field(900.0, gt=0, description="fail after this long without progress")
-    ray_address: str | None = Field(None, description="cluster to join (none: RAY_ADDRESS, else start one)")
+    ray_address: str | None = Field(
+        None, description="cluster to join, or local (none: RAY_ADDRESS, else one of `ray start` here, else a new one)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> CaptionSettings:

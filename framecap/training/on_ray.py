@@ -12,6 +12,7 @@ import torch
 
 from framecap.errors import FramecapError, SettingsError, TrainingError
 from framecap.model.ruclip import RuClip
+from framecap.ray_cluster import join_or_start
 from framecap.storage import OPTIONS_VARIABLE
 from framecap.training.features import encode_unit, missing_units
 from framecap.training.loop import Team
@@ -35,7 +36,7 @@ def connect(settings: TrainSettings) -> str:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():
-        ray.init(address=settings.ray_address or None, logging_level=logging.WARNING)
+        join_or_start(settings.ray_address, logging_level=logging.WARNING)
     device = settings.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) >= settings.workers else "cpu"
