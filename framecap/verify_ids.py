@@ -6,7 +6,6 @@ equal ones meet in the same file. Knows nothing of shards.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from framecap.scratch import ScratchFolder
 
 _HELD = 4_000_000  # keys in memory: 32 MB
 _FILES = 256
@@ -27,7 +28,7 @@ class IdCensus:
     def __init__(self, held: int = _HELD) -> None:
         self._most, self._held = held, 0
         self._parts: list[Keys] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: ScratchFolder | None = None
         self._guard = threading.Lock()
 
     def counted(self, arrays: Iterable[pa.Array]) -> Iterator[pa.Array]:
@@ -43,7 +44,7 @@ class IdCensus:
 
     def _spill(self) -> None:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="framecap-")
+            self._folder = ScratchFolder()
         keys = np.sort(np.concatenate(self._parts))
         bounds = np.searchsorted(keys, np.arange(1, _FILES, dtype=np.uint64) << np.uint64(56))
         for number, part in enumerate(np.split(keys, bounds)):

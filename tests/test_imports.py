@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "schema", "console", "_root"},
     {
         "manifest",
+        "scratch",
         "storage",
         "stores",
         "settings",

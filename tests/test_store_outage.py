@@ -264,6 +264,26 @@ def test_a_full_disk_stops_the_run_before_more_is_captioned(
     assert caption(tmp_path / "in", tmp_path / "out", tiny_captioner_dir, batch_size=3).exit_code == 0
 
 
+def test_a_disk_that_is_full_at_the_start_says_run_again(
+    tmp_path: Path, tiny_captioner_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "in", shards=1, rows=2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("framecap.pipeline.lock._create_file", full)
+    flags = ["--input-uri", str(tmp_path / "in"), "--output-uri", str(tmp_path / "out")]
+    assert main([*flags, "--captioner", str(tiny_captioner_dir)]) == 75
+    assert "No space left on device" in capfd.readouterr().err
+
+
+def test_a_shard_that_does_not_fit_the_disk_is_no_fault_of_its_own() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        pq.write_table(shard_table("a", 2000), "/dev/full")
+    assert stores.failure_kind(caught.value, "unwritable") == "no_space"
+
+
 def test_a_store_that_slows_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowDownError(Exception):
         response: ClassVar = {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}

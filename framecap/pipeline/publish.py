@@ -6,7 +6,6 @@ Runs on the driver. What it holds grows with the shards in flight, not with fram
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from framecap.pipeline.host import THIS_HOST, Host
 from framecap.pipeline.ledger import Ledger, LedgerEntry
 from framecap.pipeline.plan import Chunk, Range, ShardPlan, read_output_footer
 from framecap.schema import STATUS_ERROR, InputColumns, output_metadata, output_schema
+from framecap.scratch import ScratchFolder
 from framecap.shards import as_shard_error, mark_of, open_shard
 from framecap.storage import atomic_path, is_local, join, open_fs
 
@@ -273,7 +273,7 @@ def _whole_file(uri: str) -> Iterator[str]:
         with atomic_path(fs, path) as target:
             yield target
         return
-    with tempfile.TemporaryDirectory(prefix="framecap-") as folder:
+    with ScratchFolder() as folder:
         target = f"{folder}/shard"
         yield target
         fs.put_file(target, path)

@@ -26,6 +26,7 @@ from framecap.pipeline.state import claim_state
 from framecap.pipeline.stops import StopRun, Stops
 from framecap.pipeline.summary import Summary, write_summary
 from framecap.pipeline.sweep import prune, sweep_temporary_files
+from framecap.scratch import sweep_scratch_folders
 from framecap.shards import list_outputs
 from framecap.storage import answers
 
@@ -69,6 +70,7 @@ def run(settings: CaptionSettings, host: Host = THIS_HOST, stream: RecordStream 
         OutputLock(job.lock_uri, job.run_id, settings.lock_expiry, host) as lock,
         Stops(settings.time_budget, host) as stops,
     ):
+        sweep_scratch_folders()
         ledger = Ledger(job.state_uri, job.run_id, host)
         plan = _plan(job, ledger)
         for line in describe(plan):
