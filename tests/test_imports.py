@@ -35,6 +35,8 @@ LAYERS = [
         "pack_sources",
         "video",
         "verify",
+        "verify_ids",
+        "verify_rows",
         "report",
         "notebook",
         "importance",
