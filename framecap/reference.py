@@ -15,7 +15,14 @@ from pydantic.fields import FieldInfo
 
 from framecap.cli import command_parser
 from framecap.pipeline.settings import CaptionSettings
-from framecap.schema import CANDIDATES_FIELD, CAPTION_FIELDS, COLUMN_MEANINGS, EMBEDDING_COLUMN
+from framecap.schema import (
+    CANDIDATES_FIELD,
+    CAPTION_EMBEDDING_COLUMN,
+    CAPTION_FIELDS,
+    COLUMN_MEANINGS,
+    EMBEDDING_COLUMN,
+    QUERY_COLUMN,
+)
 from framecap.settings import JobSettings, flag
 from framecap.training.settings import EvaluateSettings, TrainSettings
 
@@ -66,7 +73,8 @@ def reference_page() -> str:
 
 def _columns() -> str:
     types = {field.name: _TYPES.get(field.type, str(field.type)) for field in (*CAPTION_FIELDS, CANDIDATES_FIELD)}
-    types[EMBEDDING_COLUMN] = "fixed_size_list<float16>"
+    types |= {EMBEDDING_COLUMN: "fixed_size_list<float16>", CAPTION_EMBEDDING_COLUMN: "fixed_size_list<float16>"}
+    types[QUERY_COLUMN] = "list<float32>"
     rows = [(f"`{name}`", kind, COLUMN_MEANINGS[name]) for name, kind in types.items()]
     return "## Columns that captioning adds\n\n" + _table(("column", "type", "meaning"), rows)
 

@@ -5,6 +5,7 @@ Knows nothing of storage, Ray or models.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,14 @@ CANDIDATES_FIELD = pa.field("caption_candidates", pa.list_(pa.string()))
 EMBEDDING_COLUMN = "image_embedding"
 CAPTION_EMBEDDING_COLUMN = "caption_embedding"
 QUERY_COLUMN = "query_similarity"
+QUERY_TYPE = pa.list_(pa.float32())
+# Columns that a run adds on request, in order; None: the type depends on the captioner.
+OPTIONAL_TYPES = {
+    CANDIDATES_FIELD.name: CANDIDATES_FIELD.type,
+    EMBEDDING_COLUMN: None,
+    CAPTION_EMBEDDING_COLUMN: None,
+    QUERY_COLUMN: QUERY_TYPE,
+}
 
 # What each column means, for docs/reference.md.
 COLUMN_MEANINGS = {
@@ -54,7 +63,10 @@ COLUMN_MEANINGS = {
     "two is marked may differ from run to run); `similar`: the caption of a similar frame before it in the same video "
     "and the same 64 rows of its shard (`--reuse-similarity`)",
     "caption_candidates": "all candidates, best first; only with `--num-return-sequences` above 1",
-    "image_embedding": "L2-normalised ruCLIP embedding; only with `--image-embedding`",
+    "image_embedding": "L2-normalised ruCLIP embedding of the frame; only with `--image-embedding`",
+    "caption_embedding": "L2-normalised ruCLIP embedding of the caption; only with `--caption-embedding`",
+    "query_similarity": "ruCLIP cosine of the frame with each `--query`, in their order, which the file's metadata "
+    "`framecap.queries` keeps",
 }
 
 META_VERSION = b"framecap.schema_version"
@@ -62,19 +74,33 @@ META_FINGERPRINT = b"framecap.fingerprint"
 META_SOURCE = b"framecap.source"
 META_SIGNATURE = b"framecap.signature"
 META_ERRORS = b"framecap.error_rows"
+META_QUERIES = b"framecap.queries"  # JSON list; only with --query
 _OWN_METADATA = b"framecap."
 # Written by other tools about columns that a caption shard no longer has.
 _FOREIGN_METADATA = (b"pandas", b"huggingface", b"ARROW:schema")
 
 
-def caption_schema(candidates: bool = False, embedding_size: int | None = None) -> pa.Schema:
-    """The columns that captioning adds, in order; the two optional ones only on request."""
+@dataclass(frozen=True)
+class ExtraColumns:
+    """The columns that a run adds on request; sizes are those of the embeddings, None: no such column."""
+
+    candidates: bool = False
+    image_embedding: int | None = None
+    caption_embedding: int | None = None
+    queries: tuple[str, ...] = ()
+
+
+def caption_schema(extra: ExtraColumns = ExtraColumns()) -> pa.Schema:
+    """The columns that captioning adds, in order; the queries are in the schema's metadata."""
     fields = list(CAPTION_FIELDS)
-    if candidates:
+    if extra.candidates:
         fields.append(CANDIDATES_FIELD)
-    if embedding_size is not None:
-        fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), embedding_size)))
-    return pa.schema(fields)
+    sizes = {EMBEDDING_COLUMN: extra.image_embedding, CAPTION_EMBEDDING_COLUMN: extra.caption_embedding}
+    fields += [pa.field(name, pa.list_(pa.float16(), size)) for name, size in sizes.items() if size is not None]
+    if not extra.queries:
+        return pa.schema(fields)
+    fields.append(pa.field(QUERY_COLUMN, QUERY_TYPE))
+    return pa.schema(fields, metadata={META_QUERIES: json.dumps(extra.queries, ensure_ascii=False).encode()})
 
 
 @dataclass(frozen=True)
@@ -141,7 +167,7 @@ def output_schema(source: pa.Schema, columns: InputColumns, added: pa.Schema) ->
         if key not in _FOREIGN_METADATA and not key.startswith(_OWN_METADATA)
     }
     fields = [source.field(name) for name in columns.kept(source)] + list(added)
-    return pa.schema(fields, metadata=metadata or None)
+    return pa.schema(fields, metadata=(metadata | (added.metadata or {})) or None)
 
 
 def output_metadata(source: str, signature: str, fingerprint: str, error_rows: int) -> dict[bytes, bytes]:

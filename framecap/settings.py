@@ -7,6 +7,7 @@ refused with the nearest one that exists. Knows nothing of what the jobs do with
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -46,6 +47,14 @@ def _as_list(value: object) -> object:
     return value
 
 
+def _as_texts(value: object) -> object:
+    """One text, or ``[a, b]`` for several; commas are part of a text."""
+    if isinstance(value, str):
+        parsed = yaml.safe_load(value) if value.lstrip().startswith("[") else None
+        return parsed if isinstance(parsed, list) else [value]
+    return value
+
+
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -62,6 +71,7 @@ def _as_seconds(value: object) -> object:
 _WORDS = {"str": "TEXT", "int": "N", "float": "X", "Path": "FILE", "tuple[str,...]": "A,B", "dict[str,Any]": "JSON"}
 
 StringList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_as_list)]
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_as_texts)]
 Seconds = Annotated[float, BeforeValidator(_as_seconds)]
 
 
@@ -83,6 +93,8 @@ class JobSettings(BaseSettings):
     )
     # Variables that the library itself reads; no job has a setting of that name.
     environment_only: ClassVar[frozenset[str]] = frozenset({"FRAMECAP_CACHE", "FRAMECAP_CAPTIONER"})
+    # Settings of type ``Texts``, whose flags may be repeated.
+    repeatable: ClassVar[frozenset[str]] = frozenset()
     # The first setting of each group of ``--help``: its heading.
     headings: ClassVar[dict[str, str]] = {}
 
@@ -114,7 +126,7 @@ class JobSettings(BaseSettings):
         Raises ``SettingsError`` with one line for an unknown key, a missing or an impossible value.
         ``--help`` prints every setting with its default and leaves with exit code 0.
         """
-        arguments = list(sys.argv[1:] if argv is None else argv)
+        arguments = _joined(cls, list(sys.argv[1:] if argv is None else argv))
         _check_flags(cls, arguments)
         _check_environment(cls)
         token = _FILE_VALUES.set(_read_config(cls, arguments))
@@ -184,6 +196,27 @@ def _check_flags(cls: type[JobSettings], arguments: list[str]) -> None:
         name = argument.partition("=")[0]
         if name.startswith("--") and len(name) > 2 and name not in {*positive, *negative, "--help"}:
             raise SettingsError(f"unknown flag {name}; {_nearest(name, positive)}")
+
+
+def _joined(cls: type[JobSettings], arguments: list[str]) -> list[str]:
+    """The arguments with all values of a repeatable flag in one, as a JSON list.
+
+    pydantic-settings would join them by commas, which texts may hold.
+    """
+    values: dict[str, list[str]] = {flag(name): [] for name in cls.repeatable}
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name not in values:
+            others.append(argument)
+        elif equals:
+            values[name].append(value)
+        elif (following := next(rest, None)) is not None:
+            values[name].append(following)
+        else:
+            raise SettingsError(f"{name} needs a value")
+    return others + [f"{name}={json.dumps(texts, ensure_ascii=False)}" for name, texts in values.items() if texts]
 
 
 def _check_environment(cls: type[JobSettings]) -> None:

@@ -313,7 +313,7 @@ def _carried(
     frames: pq.ParquetFile, captions: pq.ParquetFile, columns: schema.InputColumns
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Of the columns that a run may keep or leave out: those that this shard carries, and those that it does not."""
-    optional = {schema.CANDIDATES_FIELD.name, schema.EMBEDDING_COLUMN}
+    optional = set(schema.OPTIONAL_TYPES)
     optional |= set(frames.schema_arrow.names) - {columns.frame_id, columns.image}
     found = optional & set(captions.schema_arrow.names)
     return frozenset(found), frozenset(optional - found)
@@ -323,7 +323,7 @@ def schema_faults(frames: pq.ParquetFile, captions: pq.ParquetFile, columns: sch
     """Where the caption shard's columns differ from the contract: kept input columns, then the captions'."""
     source, found = frames.schema_arrow, captions.schema_arrow
     published = list(schema.CAPTION_FIELDS)
-    optional = {schema.CANDIDATES_FIELD.name: schema.CANDIDATES_FIELD.type, schema.EMBEDDING_COLUMN: None}
+    optional = schema.OPTIONAL_TYPES
     version = (captions.metadata.metadata or {}).get(schema.META_VERSION, b"none").decode()
     if version != str(schema.SCHEMA_VERSION):
         yield f"schema version {version}, not {schema.SCHEMA_VERSION}"

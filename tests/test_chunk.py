@@ -18,7 +18,9 @@ from framecap.model.shared import Seconds
 from framecap.pipeline.chunk import Captioned, ChunkCaptioner
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions
-from framecap.schema import REUSED_IDENTICAL
+from framecap.schema import REUSED_IDENTICAL, ExtraColumns
+
+EMBEDDED = ExtraColumns(image_embedding=1)
 
 
 class Fragile:
@@ -82,27 +84,27 @@ def test_a_batch_that_does_not_fit_is_halved_and_later_ones_start_smaller() -> N
 
 
 @pytest.mark.parametrize("poison", [254, 255], ids=["captioned", "encoded"])
-@pytest.mark.parametrize("options", [{}, {"embedding_size": 1}, {"reuse_similarity": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"extra": EMBEDDED}, {"reuse_similarity": 1.0}], ids=str)
 def test_a_frame_that_breaks_its_batch_is_found_and_becomes_an_error_row(poison: int, options: dict[str, Any]) -> None:
     chunks, _ = fragile(**options)
-    captions, _, embeddings = caption(chunks, [*range(1, 12), poison, 12, 13])
+    captions, _, embeddings, *_ = caption(chunks, [*range(1, 12), poison, 12, 13])
     assert [caption.status for caption in captions] == ["ok"] * 11 + ["error"] + ["ok"] * 2
     assert captions[11].error is not None
     assert captions[11].error.startswith("model: ValueError: this frame is poison")
-    if "embedding_size" in options:
+    if "extra" in options:
         without = [row for row, embedding in enumerate(embeddings) if embedding is None]
         assert without == ([11] if poison == 255 else [])
 
 
 def test_near_frames_of_one_that_broke_its_batch_get_captions_of_their_own() -> None:
     chunks, _ = fragile(similarity=False, reuse_similarity=0.9)
-    captions, reused, _ = caption(chunks, [254, 1, 2], group="video")
+    captions, reused, *_ = caption(chunks, [254, 1, 2], group="video")
     assert [caption.status for caption in captions] == ["error", "ok", "ok"]
     assert reused == [None] * 3
 
 
 def test_a_chunk_is_encoded_once_whatever_is_asked_for() -> None:
-    chunks, captioner = fragile(similarity=False, reuse_similarity=0.9, embedding_size=1)
+    chunks, captioner = fragile(similarity=False, reuse_similarity=0.9, extra=EMBEDDED)
     caption(chunks, range(1, 9), group="video")
     assert (captioner.encoded, captioner.captioned) == ([8], [1])
 
@@ -169,7 +171,7 @@ def test_a_frame_that_another_chunk_captions_at_the_moment_is_awaited(fails: boo
     gated.let_go.set()
     for thread in threads:
         thread.join(30)
-    captions, reused, _ = found["second"]
+    captions, reused, *_ = found["second"]
     assert [one.text for one in captions] == ["3", "4", "2"]
     assert reused == ([None] * 3 if fails else [REUSED_IDENTICAL, None, REUSED_IDENTICAL])
     assert gated.captioned == ([1, 2] if fails else [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -17,7 +18,8 @@ from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.pipeline.plan import Piece, ShardPlan, make_chunks, make_units, subtract
 from framecap.pipeline.settings import CaptionSettings
-from framecap.schema import META_FINGERPRINT, META_SIGNATURE, META_SOURCE, META_VERSION
+from framecap.schema import META_FINGERPRINT, META_SIGNATURE, META_SOURCE, META_VERSION, InputColumns
+from framecap.verify import schema_faults
 
 __all__ = ["without_ray"]  # a fixture
 
@@ -229,6 +231,29 @@ def test_candidates_and_embeddings_become_columns(tmp_path: Path, tiny_captioner
     assert [len(texts) for texts in rows.column("caption_candidates").to_pylist()] == [3] * 4
     embeddings = np.array(rows.column("image_embedding").to_pylist(), np.float32)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=2e-3)
+
+
+@here
+def test_embeddings_of_captions_and_cosines_with_queries_are_those_of_the_captioner(
+    tmp_path: Path, tiny_captioner_dir: Path
+) -> None:
+    source, out, queries = tmp_path / "in", tmp_path / "out", ("красный автобус, слева дерево", "кошка")
+    write_shards(source, 1, 4)
+    asked = {"image_embedding": True, "caption_embedding": True, "query": queries}
+    assert caption(source, out, tiny_captioner_dir, **asked).exit_code == 0
+    rows = read_output(out)["s000.parquet"]
+    captioner = Captioner.from_pretrained(tiny_captioner_dir)
+    images = captioner.embed_images(pq.read_table(source / "s000.parquet")["image"].to_pylist())
+    texts = captioner.embed_texts(rows["caption"].to_pylist())
+    cosines = images @ captioner.embed_texts(queries).T
+    for name, expected in (("image_embedding", images), ("caption_embedding", texts), ("query_similarity", cosines)):
+        np.testing.assert_allclose(np.array(rows[name].to_pylist(), np.float32), expected, atol=1e-3)
+    metadata = pq.read_schema(out / "s000.parquet").metadata
+    assert json.loads(metadata[b"framecap.queries"]) == list(queries)
+    files = pq.ParquetFile(source / "s000.parquet"), pq.ParquetFile(out / "s000.parquet")
+    assert list(schema_faults(*files, InputColumns())) == []
+    again = caption(source, out, tiny_captioner_dir, **asked | {"query": queries[:1]})
+    assert (again.captioned_rows, again.shards_by_reason) == (4, {"stale": 1})
 
 
 @here

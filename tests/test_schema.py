@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from framecap.errors import ShardError
-from framecap.schema import InputColumns, caption_schema, output_schema
+from framecap.schema import ExtraColumns, InputColumns, caption_schema, output_schema
 
 FRAMES = pa.schema([("frame_id", pa.string()), ("image", pa.binary()), ("speed", pa.float64())])
 
@@ -20,7 +20,7 @@ def test_the_output_has_the_inputs_columns_less_the_image_then_the_captions() ->
 
 def test_optional_columns_come_only_on_request() -> None:
     assert "caption_candidates" not in caption_schema().names
-    schema = caption_schema(candidates=True, embedding_size=512)
+    schema = caption_schema(ExtraColumns(candidates=True, image_embedding=512))
     assert str(schema.field("caption_candidates").type) == "list<item: string>"
     assert str(schema.field("image_embedding").type) == "fixed_size_list<item: halffloat>[512]"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from pydantic import Field
 
 from framecap.errors import SettingsError
 from framecap.pipeline.settings import CaptionSettings
-from framecap.settings import JobSettings, Seconds, StringList
+from framecap.settings import JobSettings, Seconds, StringList, Texts
 
 
 class Example(JobSettings):
@@ -102,3 +103,21 @@ def test_help_explains_every_setting_with_its_default(capsys: pytest.CaptureFixt
         assert f"--{name.replace('_', '-')}" in shown
         assert field.description
     assert "stop when a larger share of the rows fails (default: 0.2)" in shown
+
+
+class Asking(JobSettings):
+    """A repeatable text."""
+
+    repeatable: ClassVar[frozenset[str]] = frozenset({"query"})
+    query: Texts = Field((), description="what to look for")
+
+
+def test_a_repeated_flag_keeps_commas_in_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ("красный автобус, слева дерево", "кошка")
+    assert Asking.from_command_line(["--query", texts[0], f"--query={texts[1]}"]).query == texts
+    (tmp_path / "job.yaml").write_text(f"query: ['{texts[0]}', '{texts[1]}']", encoding="utf-8")
+    assert Asking.from_command_line(["--config", str(tmp_path / "job.yaml")]).query == texts
+    monkeypatch.setenv("FRAMECAP_QUERY", texts[0])
+    assert Asking.from_command_line([]).query == texts[:1]
+    with pytest.raises(SettingsError, match="--query needs a value"):
+        Asking.from_command_line(["--query"])

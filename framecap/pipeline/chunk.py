@@ -29,11 +29,17 @@ _T = TypeVar("_T")
 
 
 class Captioned(NamedTuple):
-    """Row by row: the caption, why it was not made for this row if it was not, float16 [D] of the frame."""
+    """Row by row: the caption, why it was not made for this row if it was not, and what was asked for besides.
+
+    ``embeddings`` of the frame and ``caption_embeddings``: float16 [D]; ``cosines`` of the frame with each query:
+    float32 [Q]. None where a row failed or nobody asked.
+    """
 
     captions: list[Caption]
     reused: list[str | None]
     embeddings: list[np.ndarray | None]
+    caption_embeddings: list[np.ndarray | None]
+    cosines: list[np.ndarray | None]
 
 
 class ChunkCaptioner:
@@ -45,6 +51,8 @@ class ChunkCaptioner:
     def __init__(self, captioner: SharedCaptioner, options: ActorOptions) -> None:
         self.captioner, self.options, self.rows = captioner, options, options.batch_size
         self.memory = CaptionMemory() if options.share_identical and options.reuse_similarity is None else None
+        queries = list(options.extra.queries)
+        self.queries = captioner.embed_texts(queries, {}) if queries else None  # float32 [Q, D]
 
     def caption(self, frames: ChunkFrames, pixels: Pixels, seconds: Seconds) -> Captioned:
         """Captions of a chunk's rows; ``seconds``: see ``SharedCaptioner``."""
@@ -65,6 +73,7 @@ class _Chunk:
         self._marks: dict[int, str] = {}
         self._features: dict[int, ImageFeatures] = {}
         self._embeddings: dict[int, np.ndarray] = {}
+        self._text_embeddings: dict[int, np.ndarray] = {}
 
     def caption(self) -> Captioned:
         memory = self._common.memory
@@ -78,10 +87,17 @@ class _Chunk:
                 memory.remember(digests, {slot: self._made[slot] for slot in claim.own})
             self._take(memory.await_others(claim, digests))
             self._make([slot for slot in claim.awaited if slot not in self._made])
-        if self._options.embedding_size is not None:
+        if self._shows_embeddings:
             known = [slot for slot, made in self._made.items() if made.status != "error"]
             self._encode(sorted(slot for slot in known if slot not in self._features))
+        if self._options.extra.caption_embedding is not None:
+            self._embed_captions()
         return self._by_row()
+
+    @property
+    def _shows_embeddings(self) -> bool:
+        """Whether a column is made from the frames' embeddings."""
+        return self._options.extra.image_embedding is not None or self._common.queries is not None
 
     def _take(self, known: Mapping[int, Caption]) -> None:
         self._made.update(known)
@@ -118,8 +134,7 @@ class _Chunk:
         for slot, found in encoded.items():
             if isinstance(found, Caption):
                 self._made.setdefault(slot, found)
-        options = self._options
-        if features and (options.embedding_size is not None or options.reuse_similarity is not None):
+        if features and (self._shows_embeddings or self._options.reuse_similarity is not None):
             self._embed(features)
 
     def _embed(self, features: Mapping[int, ImageFeatures]) -> None:
@@ -132,6 +147,17 @@ class _Chunk:
                 del self._features[slot]
             else:
                 self._embeddings[slot] = found
+
+    def _embed_captions(self) -> None:
+        def work(part: list[int]) -> list[np.ndarray]:
+            return list(self._captioner.embed_texts([self._made[slot].text for slot in part], self._seconds))
+
+        made = sorted(slot for slot, caption in self._made.items() if caption.status != "error")
+        for slot, found in self._halve(made, work).items():
+            if isinstance(found, Caption):
+                self._made[slot] = found
+            else:
+                self._text_embeddings[slot] = found
 
     def _ask(self, slots: list[int]) -> None:
         """Caption ``slots``, each from its features."""
@@ -162,7 +188,6 @@ class _Chunk:
     def _by_row(self) -> Captioned:
         captions: list[Caption] = []
         reused: list[str | None] = []
-        embeddings: list[np.ndarray | None] = []
         for row, slot in enumerate(self._frames.slots):
             if slot < 0:
                 captions.append(Caption("", status="error", error=self._frames.errors[row]))
@@ -170,9 +195,16 @@ class _Chunk:
             else:
                 captions.append(self._made[slot])
                 reused.append(self._marks.get(slot) or (REUSED_IDENTICAL if self._first_row[slot] != row else None))
-            embedding = self._embeddings.get(slot)
-            embeddings.append(None if embedding is None else embedding.astype(np.float16))
-        return Captioned(captions, reused, embeddings)
+        frames = [self._embeddings.get(slot) for slot in self._frames.slots]
+        texts = [self._text_embeddings.get(slot) for slot in self._frames.slots]
+        queries = self._common.queries
+        return Captioned(
+            captions,
+            reused,
+            [None if frame is None else frame.astype(np.float16) for frame in frames],
+            [None if text is None else text.astype(np.float16) for text in texts],
+            [None if frame is None or queries is None else queries @ frame for frame in frames],
+        )
 
     def _halve(self, slots: list[int], work: Callable[[list[int]], Sequence[_T]]) -> dict[int, _T | Caption]:
         """What ``work`` gives for each slot, a batch at a time; whatever breaks a batch costs only the frame that

@@ -27,7 +27,7 @@ from framecap.pipeline.records import ActorOptions
 from framecap.pipeline.settings import CaptionSettings
 from framecap.pipeline.state import check_state, place_state
 from framecap.ray_cluster import check_place_of_job
-from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, InputColumns, caption_schema
+from framecap.schema import REUSE_ROWS, SCHEMA_VERSION, STATE_FOLDER, ExtraColumns, InputColumns, caption_schema
 from framecap.settings import flag
 from framecap.shards import Listing, check_places, fit_output, list_input, printable
 from framecap.storage import (
@@ -71,7 +71,7 @@ class Job:
     captioner: str
     captioner_copy: CaptionerCopy
     resolution: int
-    embedding_size: int | None
+    extra: ExtraColumns
     decode: DecodeOptions
     fingerprint: str
     state_uri: str
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def added(self) -> pa.Schema:
-        return caption_schema(self.settings.num_return_sequences > 1, self.embedding_size)
+        return caption_schema(self.extra)
 
     @property
     def places(self) -> Places:
@@ -153,7 +153,7 @@ class Job:
             threads=s.threads,
             batch_size=self.batch_size,
             similarity=s.similarity,
-            embedding_size=self.embedding_size,
+            extra=self.extra,
             share_identical=self.share_identical,
             reuse_similarity=s.reuse_similarity,
             manifest=hashlib.sha256(self.captioner_copy.manifest).hexdigest(),
@@ -174,6 +174,7 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         check_endpoint(place)
     copy = _local_captioner(captioner)
     encoder = RuClipConfig.from_file(copy.folder / "encoder" / "config.json")
+    _check_text_tower(settings, encoder, captioner)
     source = fit_output(list_input(settings.input_uri), settings.output_uri)
     check_places(source, settings.input_uri, settings.output_uri)
     if exists(join(source.root, STATE_FOLDER)):
@@ -195,7 +196,7 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         captioner=captioner,
         captioner_copy=copy,
         resolution=encoder.image_resolution,
-        embedding_size=encoder.embed_dim if settings.image_embedding else None,
+        extra=_extra_columns(settings, encoder),
         decode=decode,
         fingerprint=fingerprint(copy.manifest, _deciding(settings, decode)),
         state_uri=state_uri,
@@ -231,6 +232,8 @@ def _deciding(settings: CaptionSettings, decode: DecodeOptions) -> dict[str, obj
     if settings.reuse_similarity is not None:
         columns.append("video_column")
     special: dict[str, object] = {} if settings.reuse_similarity is None else {"reuse_rows": REUSE_ROWS}
+    # Only where they are set: an output made before these settings existed keeps its fingerprint.
+    special |= {name: value for name in ("caption_embedding", "query") if (value := getattr(settings, name))}
     if settings.dtype == "int8":  # the others give the same captions, to rounding
         special["dtype"] = "int8"
     return {
@@ -240,6 +243,22 @@ def _deciding(settings: CaptionSettings, decode: DecodeOptions) -> dict[str, obj
         "decode_options": decode.to_dict(),
         **{name: getattr(settings, name) for name in (*names, *columns)},
     }
+
+
+def _extra_columns(settings: CaptionSettings, encoder: RuClipConfig) -> ExtraColumns:
+    return ExtraColumns(
+        candidates=settings.num_return_sequences > 1,
+        image_embedding=encoder.embed_dim if settings.image_embedding else None,
+        caption_embedding=encoder.embed_dim if settings.caption_embedding else None,
+        queries=settings.query,
+    )
+
+
+def _check_text_tower(settings: CaptionSettings, encoder: RuClipConfig, captioner: str) -> None:
+    """Raise ``SettingsError`` if texts are to be embedded by an encoder that cannot."""
+    asked = "--caption-embedding" if settings.caption_embedding else "--query" if settings.query else None
+    if asked and not encoder.transformer_layers:
+        raise SettingsError(f"{asked} needs a ruCLIP with a text tower; the encoder of {captioner} has none")
 
 
 def _local_captioner(captioner: str) -> CaptionerCopy:

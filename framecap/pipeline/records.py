@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from framecap.errors import ShardError
 from framecap.model.decode_options import DecodeOptions
 from framecap.pipeline.plan import Chunk
+from framecap.schema import ExtraColumns
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ActorOptions:
     threads: int = 1
     batch_size: int = 64
     similarity: bool = True
-    embedding_size: int | None = None
+    extra: ExtraColumns = field(default_factory=ExtraColumns)
     share_identical: bool = True
     reuse_similarity: float | None = None
     manifest: str | None = None

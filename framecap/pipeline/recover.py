@@ -17,9 +17,7 @@ log = logging.getLogger(__name__)
 _READ_WAITS = (1.0, 5.0)  # seconds
 
 
-def take_up_fragments(
-    plan: Plan, folder: str, fingerprint: str, publisher: Publisher, host: Host = THIS_HOST
-) -> int:
+def take_up_fragments(plan: Plan, folder: str, fingerprint: str, publisher: Publisher, host: Host = THIS_HOST) -> int:
     """Hand the fragments in ``folder`` to the publisher; returns the rows they hold that are to do now.
 
     Those of other runs are left alone: of shards that this run does not see (a narrower ``--input-uri``) or cannot

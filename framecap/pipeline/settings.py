@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from framecap.model.picture_limits import DEFAULT_LIMITS, PictureLimits
 from framecap.schema import InputColumns
-from framecap.settings import JobSettings, Seconds, StringList
+from framecap.settings import JobSettings, Seconds, StringList, Texts
 
 
 def _none_is_a_word(value: object) -> object:
@@ -18,6 +18,7 @@ def _none_is_a_word(value: object) -> object:
 class CaptionSettings(JobSettings):
     """What to caption, with what, how fast, and when to stop."""
 
+    repeatable: ClassVar[frozenset[str]] = frozenset({"query"})
     headings: ClassVar[dict[str, str]] = {
         "input_uri": "input and output",
         "id_column": "columns read and written",
@@ -45,6 +46,8 @@ class CaptionSettings(JobSettings):
     )
     similarity: bool = Field(True, description="ruCLIP cosine between frame and caption, per row")
     image_embedding: bool = Field(False, description="add the frame's embedding as a column")
+    caption_embedding: bool = Field(False, description="add the caption's embedding as a column")
+    query: Texts = Field((), description="add the frame's cosine with this text as a column; may be repeated")
     reuse_similarity: float | None = Field(
         None, gt=0, le=1, description="share a caption between near frames of a video above this cosine"
     )
@@ -104,6 +107,8 @@ class CaptionSettings(JobSettings):
             raise ValueError("--keep-columns is all, none, or a list of columns, not a mixture")
         if self.num_return_sequences > 1 and not self.do_sample and self.num_return_sequences > self.num_beams:
             raise ValueError("--num-return-sequences needs as many --num-beams, or --do-sample")
+        if not all(text.strip() for text in self.query):
+            raise ValueError("--query is empty; say what to look for")
         return self
 
     @property

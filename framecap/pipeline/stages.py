@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter as Tally
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +16,15 @@ import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from framecap.errors import ShardError
-from framecap.model.captioner import Caption, Captioner
+from framecap.model.captioner import Captioner
 from framecap.model.images import Pixels
 from framecap.model.shared import Seconds, SharedCaptioner
-from framecap.pipeline.chunk import ChunkCaptioner
+from framecap.pipeline.chunk import Captioned, ChunkCaptioner
 from framecap.pipeline.fragments import write_fragment
 from framecap.pipeline.plan import Chunk
 from framecap.pipeline.read import ChunkFrames
 from framecap.pipeline.records import ActorOptions, ChunkRecord
-from framecap.schema import EMBEDDING_COLUMN, caption_schema
+from framecap.schema import CAPTION_EMBEDDING_COLUMN, EMBEDDING_COLUMN, QUERY_COLUMN, ExtraColumns, caption_schema
 from framecap.stores import failure_kind
 
 RECORD_SCHEMA = pa.schema([("record", pa.binary())])
@@ -34,19 +33,14 @@ RECORD_SCHEMA = pa.schema([("record", pa.binary())])
 class CaptionActor:
     """One captioner on one device; called by Ray Data with blocks of chunks, by several threads at once."""
 
-    def __init__(self, options: ActorOptions, captioner: Captioner) -> None:
+    def __init__(self, options: ActorOptions) -> None:
         self._options = options
+        torch.set_num_threads(options.threads)
+        captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype, options.manifest)
         self._size = captioner.resolution
         shared = SharedCaptioner(captioner, options.decode, options.similarity)
         self._captioner = ChunkCaptioner(shared, options)
         self._metrics = _Metrics()
-
-    @classmethod
-    def from_options(cls, options: ActorOptions) -> CaptionActor:
-        """The actor with the captioner that ``options`` name."""
-        torch.set_num_threads(options.threads)
-        captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype, options.manifest)
-        return cls(options, captioner)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """``CHUNK_SCHEMA`` → ``RECORD_SCHEMA``: one record per chunk."""
@@ -59,12 +53,13 @@ class CaptionActor:
 
     def _caption_chunk(self, frames: ChunkFrames, pixels: Pixels) -> ChunkRecord:
         seconds: Seconds = {"wait": 0.0, "encode": 0.0, "generate": 0.0}
-        captions, reused, embeddings = self._captioner.caption(frames, pixels, seconds)
-        captioned = time.perf_counter()
+        captioned = self._captioner.caption(frames, pixels, seconds)
+        captions, reused = captioned.captions, captioned.reused
+        written_from = time.perf_counter()
         pieces = tuple(piece for piece in frames.pieces if piece.shard not in frames.failed)
         name, failed = "", frames.failed
         if pieces:
-            table = captions_table(captions, reused, self._options, embeddings)
+            table = captions_table(captioned, self._options.extra)
             try:
                 name = write_fragment(self._options.folder, pieces, self._options.fingerprint, table)
             except OSError as error:  # these rows are lost to this run; the others, and other shards, go on
@@ -85,7 +80,7 @@ class CaptionActor:
                 "read": frames.read_s,
                 "decode": frames.decode_s,
                 **seconds,
-                "write": time.perf_counter() - captioned,
+                "write": time.perf_counter() - written_from,
             },
         )
         self._metrics.observe(record, frames.rows() / self._options.batch_size)
@@ -97,15 +92,10 @@ def _are_retried(pieces: Chunk) -> list[bool]:
     return [bool(piece.basis) for piece in pieces for _ in range(piece.start, piece.stop)]
 
 
-def captions_table(
-    captions: Sequence[Caption],
-    reused: Sequence[str | None],
-    options: ActorOptions,
-    embeddings: Sequence[np.ndarray | None] = (),
-) -> pa.Table:
+def captions_table(captioned: Captioned, extra: ExtraColumns) -> pa.Table:
     """Captions as the columns of ``caption_schema``."""
-    candidates = options.decode.num_return_sequences > 1
-    schema = caption_schema(candidates, options.embedding_size)
+    captions = captioned.captions
+    schema = caption_schema(extra)
     failed = [caption.status == "error" for caption in captions]
     columns: dict[str, list[object]] = {
         "caption": [None if bad else c.text for c, bad in zip(captions, failed, strict=True)],
@@ -115,12 +105,13 @@ def captions_table(
         "caption_min_logprob": [c.min_logprob for c in captions],
         "caption_tokens": [None if bad else c.tokens for c, bad in zip(captions, failed, strict=True)],
         "caption_similarity": [c.similarity for c in captions],
-        "caption_reused": list(reused),
+        "caption_reused": list(captioned.reused),
+        EMBEDDING_COLUMN: list(captioned.embeddings),
+        CAPTION_EMBEDDING_COLUMN: list(captioned.caption_embeddings),
+        QUERY_COLUMN: list(captioned.cosines),
     }
-    if candidates:
+    if extra.candidates:
         columns["caption_candidates"] = [list(c.candidates) or None for c in captions]
-    if options.embedding_size is not None:
-        columns[EMBEDDING_COLUMN] = list(embeddings)
     return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
 
 
