@@ -30,14 +30,14 @@ simulate: .venv/dev.stamp
 	@test -n "$(PYTHON)" || { echo "framecap needs Python 3.11, 3.12 or 3.13; none was found on PATH." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/run.stamp: .venv/bin/python pyproject.toml
+.venv/run.stamp: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing into .venv; the first time this takes some minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-.venv/dev.stamp: .venv/bin/python pyproject.toml
+.venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing into .venv, with the tools for tests; the first time this takes some minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@ .venv/run.stamp
 
 clean:

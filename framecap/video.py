@@ -75,6 +75,12 @@ def read_video(file: BinaryIO, selection: Selection) -> Iterator[VideoFrame]:
         raise FrameError("truncated", f"the video cannot be decoded: {error}") from error
 
 
+def _open(av: Any, file: BinaryIO) -> Any:
+    """The container, whatever the encoding of its titles: PyAV 19 knows no ``metadata_errors``, and fails on none."""
+    old = int(av.__version__.partition(".")[0]) < 19
+    return av.open(file, metadata_errors="ignore") if old else av.open(file)
+
+
 def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[int, float, Any]]:
     """(index, seconds, frame) of every decoded frame; only key frames are decoded where they suffice.
 
@@ -82,7 +88,7 @@ def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[in
     """
     times, damage = _read_packets(av, file)
     file.seek(0)
-    with av.open(file, metadata_errors="ignore") as container:
+    with _open(av, file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         if selection.how == "key" and times:
@@ -114,7 +120,7 @@ def _read_packets(av: Any, file: BinaryIO) -> tuple[list[int], str | None]:
         raise FrameError("empty", "zero bytes")
     file.seek(0)
     try:
-        container = av.open(file, metadata_errors="ignore")
+        container = _open(av, file)
     except (av.error.FFmpegError, OSError) as error:
         raise FrameError("not_an_image", f"the file is not a video that can be read: {error}") from error
     with container:

@@ -3,7 +3,9 @@
 `python jobs/benchmark.py` measures this machine with a captioner of real shape and random weights (nothing is
 downloaded); `--captioner DIR` takes a real one. All contestants of a stage have the same weights, the same frames
 and the same caption lengths, run interleaved, and are given as medians. The last lines size a cluster. All stages
-but `job` run on a bare PyTorch machine, without Ray, pyarrow or pydantic.
+but `job` and `host` run on a bare PyTorch machine, without Ray, pyarrow or pydantic. `host` has no contestants: it runs
+the job's actor with a device that answers at once, and tells how many frames/s its Python allows (`taskset -c 0`: one
+core's).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from framecap.model.devices import DTYPES, choose_device, choose_dtype
 FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_floating_point]
 DEFAULT_STAGES = "decode,encode,generate,caption,captioner"
 CORES = len(os.sched_getaffinity(0))
-KNOWN_STAGES = (*STAGES, "job")
+KNOWN_STAGES = (*STAGES, "job", "host")
 # Where a flag is not given.
 AMOUNTS = {
     "cpu": {"frames": 64, "beam_frames": 16, "slow_frames": 8, "memory_frames": 512, "threads": 1},
@@ -87,6 +89,11 @@ def measure(arguments: argparse.Namespace) -> None:
     stages = chosen_stages(arguments.stages)
     options = bench_options(arguments)
     torch.set_num_threads(options.threads)
+    if "host" in stages:
+        stages.remove("host")
+        print(host_rows(arguments), flush=True)
+        if not stages:
+            return
     watch = Stopwatch(arguments.repeats, arguments.clock, options.device)
     ceilings = measure_ceilings(watch, options.dtype)
     where = machine(options.device)
@@ -158,6 +165,15 @@ def job_rows(bench: Bench, captioner: str | None) -> list[Row]:
     from framecap.bench.whole_job import job_stage
 
     return job_stage(bench, captioner)
+
+
+def host_rows(arguments: argparse.Namespace) -> str:
+    """What the actor's Python allows; needs Ray and pyarrow, and no model."""
+    from framecap.bench.host import host_table
+
+    side = ENCODERS[arguments.encoder].image_resolution
+    print(f"{processor()}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n")
+    return host_table(side, arguments.repeats, arguments.clock)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def caption_in_process(
     job: Job, units: list[tuple[Chunk, ...]], resources: Resources, stops: Stops
 ) -> Iterator[ChunkRecord]:
     """The real stages one after the other in this process: for tests that are not about distribution."""
-    actor = CaptionActor(job.actor_options())
+    actor = CaptionActor.from_options(job.actor_options())
     for unit in units:
         for chunk in read_units(pa.table({"unit": [pickle.dumps(unit)]}), job.read_options()):
             stops.check()

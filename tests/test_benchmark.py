@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 
 from framecap.bench import peers
 from framecap.bench.frames import PICTURES, make_frames
+from framecap.bench.host import by_module, chunk_blocks, instant_captioner, profiled
 from framecap.bench.measure import Ceilings, Contestant, Row, Stopwatch, Work
 from framecap.bench.random_captioner import (
     DECODERS,
@@ -40,6 +42,8 @@ from framecap.model.decode_options import DecodeOptions
 from framecap.model.generate import Generator, generate
 from framecap.model.images import Decode
 from framecap.model.rugpt import RuGpt
+from framecap.pipeline.records import ActorOptions
+from framecap.pipeline.stages import CaptionActor
 
 PROGRAM = Path(__file__).parent.parent / "jobs" / "benchmark.py"
 TINY = ["--encoder", "tiny", "--decoder", "tiny", "--frames", "6", "--batches", "2,4", "--beam-frames", "2"]
@@ -451,3 +455,14 @@ def test_the_captioner_decodes_on_as_many_threads_as_it_is_given_and_the_decode_
 def test_typical_frames_have_short_and_long_captions_as_all_have() -> None:
     assert typical([9, 1, 5, 3, 7, 2, 8, 4, 6, 40], 2) == [3, 6]
     assert typical([3, 1, 2], 8) == [0, 1, 2]
+
+
+def test_the_host_stage_runs_the_actor_on_captions_of_drawn_lengths(tmp_path: Path) -> None:
+    options = ActorOptions("", str(tmp_path), "f" * 64, DecodeOptions(), batch_size=64)
+    actor = CaptionActor(options, instant_captioner(64, 64))
+    with profiled() as profiles:
+        records = [pickle.loads(actor(block)["record"][0].as_py()) for block in chunk_blocks(64, 3, 64)]
+    assert [record.statuses for record in records] == [{"ok": 64}] * 3
+    assert sum(record.tokens for record in records) / 192 == pytest.approx(MEAN_LENGTH, abs=2)
+    assert {path.name for path in tmp_path.iterdir()} == {record.fragment for record in records}
+    assert {"pipeline/stages.py", "pipeline/chunk.py", "pipeline/fragments.py"} <= set(by_module(profiles))

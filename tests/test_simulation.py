@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from simulation.history import play
+from simulation.mutations import MUTATIONS, Mutation, mutated
 
 SEEDS = range(500)
 # Seeds that found a fault of the job when it was made; their histories differ since the simulation has grown.
@@ -15,6 +16,7 @@ FOUND = {
     116: "the record of a task that ran twice was counted twice",
     150: "rows of a fragment that could not be read at once were captioned again",
     139: "a run that ended took the state's folder away from one that was taking the lock (exit code 2)",
+    473: "two runs that began to fill one output at once: one was told that it belongs to another input (exit code 2)",
     270: "a live lock on a store was taken away by a host whose clock was ahead",
 }
 
@@ -31,3 +33,9 @@ def test_a_seed_that_found_a_fault_holds(seed: int) -> None:
 
 def test_a_seed_plays_the_same_history_every_time() -> None:
     assert play(11).lines == play(11).lines
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_a_mutation_of_the_job_is_found_within_two_thousand_seeds(mutation: Mutation) -> None:
+    with mutated(mutation):
+        assert any(play(seed).failure is not None for seed in range(mutation.seed, mutation.seed + 2000))

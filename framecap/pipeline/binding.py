@@ -78,6 +78,8 @@ def bind_input(source: Listing, output_uri: str, state_uri: str, moved_from: str
         return source
     if _is_free(source, output_uri, recorded=record is not None):
         return source
+    if record is None and read_record(state_uri) is not None:  # another run began to fill it meanwhile
+        return bind_input(source, output_uri, state_uri, moved_from)
     whose = f"the input {owner.uri}" if owner is not None else "another input"
     was = owner.uri if owner is not None else "with its former place"
     raise SettingsError(

@@ -171,7 +171,7 @@ class _Actor:
         _use_storage(storage)
         self._captioner: CaptionActor | FramecapError
         try:
-            self._captioner = CaptionActor(options)
+            self._captioner = CaptionActor.from_options(options)
         except FramecapError as error:
             self._captioner = error
 

@@ -33,14 +33,19 @@ RECORD_SCHEMA = pa.schema([("record", pa.binary())])
 class CaptionActor:
     """One captioner on one device; called by Ray Data with blocks of chunks, by several threads at once."""
 
-    def __init__(self, options: ActorOptions) -> None:
+    def __init__(self, options: ActorOptions, captioner: Captioner) -> None:
         self._options = options
-        torch.set_num_threads(options.threads)
-        captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype, options.manifest)
         self._size = captioner.resolution
         shared = SharedCaptioner(captioner, options.decode, options.similarity)
         self._captioner = ChunkCaptioner(shared, options)
         self._metrics = _Metrics()
+
+    @classmethod
+    def from_options(cls, options: ActorOptions) -> CaptionActor:
+        """The actor with the captioner that ``options`` name."""
+        torch.set_num_threads(options.threads)
+        captioner = Captioner.from_pretrained(options.captioner, options.device, options.dtype, options.manifest)
+        return cls(options, captioner)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """``CHUNK_SCHEMA`` → ``RECORD_SCHEMA``: one record per chunk."""

@@ -239,13 +239,12 @@ class History:
         world.processes += [process, cluster]
         run = Run(process, settings, world.now + delay)
         self.runs.append(run)
-        fate = 0.0 if self._heal else self.fate
 
         def on_units(job: Job, chunks: list[Chunk]) -> None:
             run.rows_given = sum(piece.stop - piece.start for chunk in chunks for piece in chunk)
             check_units(self, run, job.fingerprint, chunks)
 
-        stream = SimStream(world, cluster, fate, self._heal, on_units)
+        stream = SimStream(world, cluster, self.fate, self._heal, on_units)
         values = {"input_uri": self.input_uri, "output_uri": self.output_uri, "captioner": captioner("A"), **settings}
         if self.apart:
             values["state_uri"] = self.state_uri
@@ -274,7 +273,7 @@ class History:
         """What an operator may tell a run."""
         chance = self.world.chance
         drawn: dict[str, object] = {}
-        if chance.random() < 0.25:
+        if chance.random() < 0.35:
             drawn["captioner"] = captioner("B")
         if chance.random() < 0.1:
             drawn["max_new_tokens"] = 7
@@ -308,12 +307,12 @@ class History:
                 run.process.crash_at = int(chance.choice((12, 40, 120, 250)) * chance.random()) + 1
                 run.process.machine_dies = chance.random() < 0.4
         pauses = [run for run in runs if chance.random() < self.violence / 4]
-        changes = chance.random() < 0.25
-        began, change_after, pause_after = world.now, chance.uniform(0, 60), chance.uniform(5, 60)
+        changes = sorted(chance.uniform(0, 60) for _ in range(chance.choice((0, 0, 0, 1, 3))))
+        began, pause_after = world.now, chance.uniform(5, 60)
         while not all(run.ended or run.process.dead for run in runs):
             world.sleep(2.0)
-            if changes and world.now - began > change_after:
-                changes = False
+            if changes and world.now - began > changes[0]:
+                changes.pop(0)
                 self.change_input()
             if pauses and world.now - began > pause_after:
                 process = pauses.pop().process
@@ -349,7 +348,7 @@ class History:
             self.write_shard(name)
         world.sleep(1 + self.objects.lag)
         for _ in range(chance.choice((1, 2, 2, 3))):
-            if level and chance.random() < 0.1:
+            if level and chance.random() < 0.2:
                 begin = world.now + chance.uniform(0, 60)
                 world.outages.append((begin, begin + chance.uniform(10, 400)))
             self.step()

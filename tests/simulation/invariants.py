@@ -219,6 +219,8 @@ def _check_refusal(history: History, run: Run, error: BaseException) -> None:
         require(
             run.process.stumbled > 0 or history.had_company(run), f"{run.process.name} was locked out alone: {text}"
         )
+    elif "holds no .parquet" in text and "*" in str(run.settings.get("input_uri")):
+        require(code == 2, f"a glob without files is exit code {code}")
     else:
         where = "".join(traceback.format_tb(error.__traceback__)[-12:])
         require(code in (2, 75), f"{run.process.name} ended with a traceback: {where}{text}")

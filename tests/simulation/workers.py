@@ -51,13 +51,14 @@ class SimStream:
     def __init__(
         self, world: World, cluster: Process, fate: float, heal: bool, on_units: Callable[[Job, list[Chunk]], None]
     ) -> None:
-        """``fate``: how often something happens to a task; ``heal``: no row fails."""
+        """``fate``: how often something happens to a task; ``heal``: no row fails, and no pool outlives its run."""
         self._world, self._cluster, self._fate, self._heal, self._on_units = world, cluster, fate, heal, on_units
         self._todo: list[Chunk] = []
         self._inbox: list[ChunkRecord] = []
         self._busy = 0
         self._lost = False
         self._again = 0
+        self._unheard: list[Chunk] = []  # executed once more, without a record
         self._driver: Task | None = None
         self._waits = False  # the driver, for a record
         self.ends = float("inf")  # when the last task of this pool is gone
@@ -92,7 +93,8 @@ class SimStream:
     def release(self) -> None:
         """The driver is gone: tasks end some time later, or at once."""
         world = self._world
-        self.ends = world.now + (world.chance.uniform(0, 60) if world.chance.random() < self._fate else 0.0)
+        lingers = not self._heal and world.chance.random() < self._fate
+        self.ends = world.now + (world.chance.uniform(0, 60) if lingers else 0.0)
 
     def _work(self, job: Job) -> None:
         world = self._world
@@ -114,19 +116,24 @@ class SimStream:
         """Caption one chunk, and what else may happen to a task."""
         world = self._world
         record = self._caption(job, chunk)
+        if chunk in self._unheard:
+            self._unheard.remove(chunk)
+            return
         luck = world.chance.random()
         if luck < self._fate and self._again > 0:
             self._again -= 1
             world.faults_met += 1
-            fate = world.chance.choice(("lost", "twice", "repeated"))
+            fate = world.chance.choice(("lost", "twice", "unheard", "repeated"))
             world.note(f"task of {_named(chunk)}: {fate}")
-            if fate in ("lost", "twice"):
+            if fate != "repeated":
                 self._todo.append(chunk)
+            if fate == "unheard":
+                self._unheard.append(chunk)
             if fate == "lost":  # with its node, after the fragment was written
                 return
             if fate == "repeated":
                 self._inbox.insert(int(world.chance.random() * (len(self._inbox) + 1)), record)
-        elif luck > 1 - self._fate / 40:
+        elif luck > 1 - self._fate / 40 and not self._heal:
             world.faults_met += 1
             world.note("the cluster is lost")
             self._lost = True
