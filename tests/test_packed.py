@@ -115,14 +115,10 @@ def test_packing_a_model_keeps_its_parameters_and_names() -> None:
 
 
 @pytest.mark.parametrize("shape", [(128, 384), (512, 128), (768, 768), (3072, 768)], ids=str)
-def test_on_one_thread_a_row_gets_the_same_bits_whatever_stands_beside_it(shape: tuple[int, int]) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        layer, x = PackedLinear(*shape), torch.randn(40, shape[0])
-        with torch.inference_mode():
-            expected = layer(x)
-            for rows in (1, 2, 3, 4, 7, 39):
-                assert torch.equal(layer(x[-rows:]), expected[-rows:]), rows
-    finally:
-        torch.set_num_threads(threads)
+@torch.inference_mode()
+def test_a_row_gets_the_same_values_whatever_stands_beside_it(shape: tuple[int, int]) -> None:
+    """To rounding: some processors have other kernels for 4 rows than for 40."""
+    layer, x = PackedLinear(*shape), torch.randn(40, shape[0])
+    expected = layer(x)
+    for rows in (1, 2, 3, 4, 7, 39):
+        torch.testing.assert_close(layer(x[-rows:]), expected[-rows:], atol=1e-5, rtol=0)

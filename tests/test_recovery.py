@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from shards import caption, jpeg, read_output, shard_table, state_files, without_ray, write_shards
+from shards import assert_same_captions, caption, jpeg, read_output, shard_table, state_files, without_ray, write_shards
 
 from framecap.errors import LockedError, ShardError
 from framecap.pipeline import lock as lock_module
@@ -72,13 +72,21 @@ def published(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
 
 
-def kill_actors() -> int:
-    """SIGKILL every caption actor of the session's cluster; returns how many there were."""
-    processes = psutil.Process().children(recursive=True)
-    actors = [process for process in processes if "MapWorker" in " ".join(process.cmdline())]
-    for actor in actors:
-        actor.kill()
-    return len(actors)
+def caption_actors() -> list[psutil.Process]:
+    """Every caption actor of the session's cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "MapWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def kill_actors() -> None:
+    """SIGKILL every caption actor of the session's cluster."""
+    for actor in caption_actors():
+        with suppress(psutil.NoSuchProcess):
+            actor.kill()
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +100,6 @@ def undisturbed(
     return root / "in", root / "out"
 
 
-def assert_same(out: Path, undisturbed: Path) -> None:
-    mine, theirs = read_output(out), read_output(undisturbed)
-    assert list(mine) == list(theirs)
-    for name, table in theirs.items():
-        assert mine[name].equals(table), name
-
-
 @pytest.mark.timeout(900)
 def test_killed_driver_and_killed_actor_lose_nothing_and_repeat_nothing(
     undisturbed: tuple[Path, Path], tmp_path: Path, tiny_captioner_dir: Path
@@ -109,12 +110,13 @@ def test_killed_driver_and_killed_actor_lose_nothing_and_repeat_nothing(
     before = published(out)
 
     with started_job(source, out, tiny_captioner_dir) as job:
-        wait_for(lambda: len(published(out)) > len(before), job)
-        actors = kill_actors()
+        wait_for(lambda: bool(caption_actors()), job)
+        job.send_signal(signal.SIGSTOP)  # so that the run cannot end before the kill
+        kill_actors()
+        job.send_signal(signal.SIGCONT)
         assert job.wait(timeout=240) == 0
-    assert actors, "no actor was there to kill"
 
-    assert_same(out, undisturbed[1])
+    assert_same_captions(out, undisturbed[1])
     assert before.items() <= published(out).items(), "a published shard was written again"
     assert state_files(out) == []
     runs = [json.loads(path.read_text()) for path in (out / "_framecap" / "runs").glob("*/summary.json")]
@@ -138,7 +140,7 @@ def test_sigterm_publishes_what_is_finished_and_says_that_work_is_left(
     assert not (out / "_framecap" / "lock").exists()
     rest = caption(source, out, tiny_captioner_dir, batch_size=4, max_new_tokens=40)
     assert (rest.exit_code, rest.shards_done_before) == (0, summary["published_shards"])
-    assert_same(out, undisturbed[1])
+    assert_same_captions(out, undisturbed[1])
 
 
 def test_sigint_is_heard_as_sigterm_is() -> None:
@@ -353,7 +355,7 @@ def test_of_a_fragment_of_two_shards_only_the_unchanged_one_counts(
     summary = caption(source, out, tiny_captioner_dir)
     assert (summary.recovered_rows, summary.captioned_rows) == (3, 3)
     caption(source, tmp_path / "afresh", tiny_captioner_dir)
-    assert_same(out, tmp_path / "afresh")
+    assert_same_captions(out, tmp_path / "afresh")
 
 
 @pytest.mark.usefixtures("without_ray")
