@@ -17,6 +17,8 @@ FOUND = {
     150: "rows of a fragment that could not be read at once were captioned again",
     139: "a run that ended took the state's folder away from one that was taking the lock (exit code 2)",
     473: "two runs that began to fill one output at once: one was told that it belongs to another input (exit code 2)",
+    789: "the same, between making the folder and opening it",
+    1064: "of two runs that claimed a new state at once one was told that it holds other files (exit code 2)",
     270: "a live lock on a store was taken away by a host whose clock was ahead",
 }
 

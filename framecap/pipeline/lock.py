@@ -272,8 +272,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
         return
     folder = Path(open_fs(uri)[1]).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = _open_folder(folder)
     except OSError as error:
         raise StorageError(f"{uri} cannot be written: {error}") from error
     try:
@@ -285,6 +284,16 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _open_folder(folder: Path, attempts: int = 5) -> int:
+    """A handle of ``folder``, made if it is not there; a run that ends may take away what it had made meanwhile."""
+    for _ in range(attempts - 1):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(folder, os.O_RDONLY)
+    folder.mkdir(parents=True, exist_ok=True)
+    return os.open(folder, os.O_RDONLY)
 
 
 def _read(uri: str) -> dict[str, Any] | None:

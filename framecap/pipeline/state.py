@@ -68,6 +68,7 @@ def check_state(output_uri: str, state_uri: str) -> None:
     if own := [name for name in present if name != marker]:
         instead = f"delete {join(default, marker)}" if marker in present else "leave --state-uri away"
         raise SettingsError(f"{default} holds state of its own ({own[0]}); move it to {state_uri} first, or {instead}")
+    inside = _names(state_uri)  # before the owner: a run that claims this state meanwhile writes one
     owner = _owner(state_uri)
     if owner is None and marker in present:
         raise SettingsError(
@@ -79,7 +80,7 @@ def check_state(output_uri: str, state_uri: str) -> None:
             f"--state-uri {state_uri} is the state of {owner}; choose another folder, "
             f"or, if that output was moved, write {_whole(output_uri)} into {join(state_uri, _OUTPUT)}"
         )
-    foreign = [name for name in _names(state_uri) if name not in _OTHERS and not name.startswith("lock")]
+    foreign = [name for name in inside if name not in _OTHERS and not name.startswith("lock")]
     if owner is None and foreign:
         fix = "move its contents up into that folder" if foreign[0] == STATE_FOLDER else "choose a folder of its own"
         raise SettingsError(f"--state-uri {state_uri} holds other files ({foreign[0]}); {fix}")

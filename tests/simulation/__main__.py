@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="from this seed on")
     parser.add_argument("--seed", type=int, help="play this one and print its whole history")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--go-on", action="store_true", help="do not stop at the first failure")
     arguments = parser.parse_args(argv)
     if arguments.seed is not None:
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     for outcome in outcomes(range(arguments.first, arguments.first + arguments.seeds), arguments.jobs):
         played, operations = played + 1, operations + outcome.operations
         faults, runs = faults + outcome.faults, runs + outcome.runs
+        if time.monotonic() - begun > 60 * arguments.minutes:
+            break
         if outcome.failure is not None:
             failed += 1
             if arguments.go_on:
