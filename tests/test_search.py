@@ -14,6 +14,8 @@ import pytest
 from framecap.cli import main
 from framecap.demo import bundled_captioner
 from framecap.demo.evaluate import draw_test_frames
+from framecap.demo.query_training import query
+from framecap.demo.russian import parse
 from framecap.errors import SettingsError
 from framecap.model.captioner import Captioner
 from framecap.search import SearchOptions, search, text_embedding
@@ -150,3 +152,20 @@ def test_the_text_embedding_is_that_of_the_captioner() -> None:
 def test_a_mistake_is_one_line(output: Path, flags: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", str(output), "кошка", *flags]) == 2
     assert hint in capsys.readouterr().err
+
+
+def fits(query: str, description: str) -> bool:
+    """Whether the description says of the main thing all that the query says, by the drawn world's own parser."""
+    asked, said = parse(query), parse(description)
+    return (asked.kind, asked.colour, asked.count, asked.setting) == (said.kind, said.colour, said.count, said.setting)
+
+
+def test_short_queries_find_frames_of_unseen_compositions_that_fit(tmp_path: Path) -> None:
+    """«красный автобус на мосту»: of 50 queries at least 48 find a frame that fits."""
+    scenes, frames, descriptions = draw_test_frames(150, seed=2026)
+    captioner = Captioner.from_pretrained(bundled_captioner(), device="cpu")
+    write_shard(tmp_path / "a.parquet", captioner.embed_images(frames), caption=list(descriptions))
+    queries = [query(scene, 0) for scene in scenes[:50]]
+    found = [search(str(tmp_path), text, SearchOptions(top=1)).matches[0] for text in captioner.embed_texts(queries)]
+    right = [fits(text, match.caption or "") for text, match in zip(queries, found, strict=True)]
+    assert sum(right) >= 48, [text for text, is_right in zip(queries, right, strict=True) if not is_right]

@@ -2,7 +2,8 @@
 
     python -m framecap.demo.mini --out DIR [--minutes 60] [--threads 1]
 
-1. draw scenes; 2. train the encoder on them for ``--minutes``, and a decoder that reads its patches along the way;
+1. draw scenes; 2. train the encoder on them for ``--minutes``, and a decoder that reads its patches along the way; then
+teach its text tower short queries;
 3. draw other scenes as Parquet pairs; 4. for each bridge run what ``jobs/train_captioner.py`` runs; 5. measure on
 scenes of compositions nothing has seen. DIR receives ``encoder/``, ``decoder/``, ``pairs/``, ``mlp/`` and
 ``cross_attention/`` (captioner directories, float16), ``figures.json``, ``training.log`` and ``best/``, a copy of the
@@ -27,6 +28,7 @@ from framecap.demo.evaluate import evaluate
 from framecap.demo.new_models import GRID, RESOLUTION, new_encoder, new_reader
 from framecap.demo.pairs import write_pairs
 from framecap.demo.pictures import draw_pictures
+from framecap.demo.query_training import QUERY_SCENES, QUERY_STEPS, tune_text_tower
 from framecap.model.captioner import Captioner
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig
 from framecap.model.convert import write_manifest
@@ -52,7 +54,8 @@ def train_encoder(out: Path, scenes: int, minutes: float) -> None:
     reader = new_reader(train.captions, encoder.config, seed=0).to(device)
     EncoderTraining(encoder, reader, train, seed=0).train(minutes, probe)
     reader.decoder.cpu().save_pretrained(out / "decoder")
-    encoder.cpu().half().save_pretrained(out / "encoder")
+    tune_text_tower(encoder.cpu(), QUERY_SCENES, QUERY_STEPS)
+    encoder.half().save_pretrained(out / "encoder")
 
 
 def training_settings(out: Path, bridge: str, epochs: float, threads: int) -> TrainSettings:

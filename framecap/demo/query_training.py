@@ -1,6 +1,6 @@
 """How the mini encoder's text tower learns short queries such as «красный автобус на мосту».
 
-    python -m framecap.demo.query_training --encoder DIR --out DIR [--steps 1200] [--scenes 12000]
+    python -m framecap.demo.query_training --encoder DIR --out DIR [--steps 1600] [--scenes 10000]
 
 Contrastive training on whole descriptions leaves the tower poor at phrases that name only a part of a scene. Here the
 text tower alone goes on learning; the image tower is frozen, so captions and image embeddings stay as they are. Half
@@ -29,7 +29,7 @@ from framecap.model.ruclip import RuClip
 
 logger = logging.getLogger(__name__)
 BATCH_SIZE, PEAK_RATE, LOG_EVERY = 256, 5e-4, 100
-SCENES_SEED = 4
+QUERY_SCENES, QUERY_STEPS, SCENES_SEED = 10_000, 1_600, 4
 FORMS = 4
 
 
@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, required=True, help="ruCLIP checkpoint of the mini captioner")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint with the tuned text tower")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--scenes", type=int, default=12_000, help="pictures it learns from")
+    parser.add_argument("--steps", type=int, default=QUERY_STEPS)
+    parser.add_argument("--scenes", type=int, default=QUERY_SCENES, help="pictures it learns from")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     encoder = RuClip.from_pretrained(args.encoder).float()
