@@ -16,9 +16,9 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from framecap.errors import BridgeMismatchError, PositionLimitError
 from framecap.model.generate import Candidate, DecodeOptions, FrameBatch, Generator, generate
-from framecap.model.penalties import sample
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
+from framecap.model.search import sample
 
 FRAMES, NEW = 64, 20
 # An id that the random decoder below emits early in some captions, late in some and never in others.
@@ -191,7 +191,7 @@ def test_every_candidate_carries_the_log_probabilities_that_the_decoder_gave_its
         for row, (candidate, *_) in enumerate(found):
             tokens = torch.tensor(candidate.tokens + [eos] * (not candidate.truncated))
             read = torch.cat((prefixed.prefix[row], decoder.embed(tokens[:-1])))
-            logprobs = decoder.forward_train(read[None])[0, 4:].log_softmax(-1)
+            logprobs = decoder.logits(decoder.hidden_train(read[None]))[0, 4:].log_softmax(-1)
             expected = logprobs.gather(1, tokens[:, None])[:, 0]
             assert candidate.logprob == pytest.approx(expected.mean().item(), abs=1e-4)
             assert candidate.min_logprob == pytest.approx(expected.min().item(), abs=1e-4)
@@ -252,7 +252,7 @@ def test_a_stop_text_ends_the_caption_and_stays_in_it(speaking: RuGpt, static: b
         found = Generator(speaking, static=static).generate(prefix[frame, None], None, options)[0][0]
         assert found.text == whole.text[: whole.text.index(stop) + 1]
         assert not found.truncated
-        assert found.tokens == whole.tokens[: found.length]
+        assert found.tokens == whole.tokens[: len(found.tokens)]
         assert stop not in speaking.tokenizer.decode(found.tokens[:-1])
 
 
@@ -276,7 +276,7 @@ def test_a_special_token_as_stop_ends_the_caption_and_leaves_no_trace(speaking: 
 def test_a_caption_cut_at_its_greatest_length_says_so(prefixed: Pair) -> None:
     short = prefixed.ours(DecodeOptions(max_new_tokens=2))
     for found in short:
-        assert found[0].truncated == (found[0].length == 2)
+        assert found[0].truncated == (len(found[0].tokens) == 2)
 
 
 def test_more_new_tokens_than_positions_are_refused_with_the_numbers(prefixed: Pair) -> None:
@@ -295,23 +295,23 @@ def test_a_memory_for_a_decoder_that_cannot_read_it_is_refused(prefixed: Pair) -
 
 
 def test_batches_run_into_each_other_and_are_fetched_only_when_slots_are_free(prefixed: Pair) -> None:
-    fetched = 0
+    given: list[FrameBatch] = []
+    unfinished: list[int] = []
     assert prefixed.prefix is not None
     prefix = prefixed.prefix
 
     def batches() -> Iterator[FrameBatch]:
-        nonlocal fetched
         for at in range(0, FRAMES, 8):
-            fetched += 1
-            yield FrameBatch(prefix[at : at + 8], None, list(range(at, at + 8)))
+            unfinished.append(sum(batch.missing for batch in given))
+            given.append(FrameBatch(prefix[at : at + 8], None, list(range(at, at + 8))))
+            yield given[-1]
 
     options = DecodeOptions(max_new_tokens=NEW)
-    found, ahead = {}, []
-    for frame, candidates in Generator(prefixed.decoder, 8, prefixed.static).stream(batches(), options):
-        found[frame] = candidates[0].tokens
-        ahead.append(fetched * 8 - len(found))
-    assert [found[frame] for frame in range(FRAMES)] == [c[0].tokens for c in prefixed.ours(options)]
-    assert max(ahead) <= 24
+    done = list(Generator(prefixed.decoder, 8, prefixed.static).stream(batches(), options))
+    assert sorted(map(id, done)) == sorted(map(id, given))
+    found = [candidates[0].tokens for batch in given for candidates in batch.candidates]
+    assert found == [c[0].tokens for c in prefixed.ours(options)]
+    assert 0 < max(unfinished[2:]) < 24
 
 
 def test_no_frames_give_no_captions(prefixed: Pair) -> None:
@@ -327,7 +327,7 @@ torch.manual_seed(0)
 decoder = RuGpt.from_config(RuGptConfig(500, 64, 128, 2, 4, eos_token_id=None))
 def peak(frames):
     batches = (FrameBatch(torch.randn(128, 4, 128), None, [0] * 128) for _ in range(frames // 128))
-    done = sum(1 for _ in Generator(decoder).stream(batches, DecodeOptions(max_new_tokens=12)))
+    done = sum(len(b.seeds) for b in Generator(decoder).stream(batches, DecodeOptions(max_new_tokens=12)))
     assert done == frames
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(peak(512), peak(4096))

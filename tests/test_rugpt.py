@@ -23,7 +23,6 @@ from framecap.errors import (
     WeightsError,
 )
 from framecap.model.bpe import GptTokenizer
-from framecap.model.kv_cache import Window
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
 from framecap.model.weights import read_state_dict, write_state_dict
@@ -62,24 +61,18 @@ def reference_of(model: RuGpt) -> GPT2LMHeadModel:
     return reference
 
 
+def logits(model: RuGpt, inputs: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [B, T, V] of ``inputs`` [B, T, E] without a cache."""
+    return model.logits(model.hidden_train(inputs, memory))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_logits_equal_those_of_transformers_for_any_gpt2_shape(shape: str) -> None:
     model = random_decoder(**SHAPES[shape])
     inputs = torch.randn(3, 9, 16)
     expected = reference_of(model)(inputs_embeds=inputs).logits
-    torch.testing.assert_close(model.forward_train(inputs), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_padding_on_either_side_leaves_the_other_tokens_as_transformers_has_them(side: str) -> None:
-    model = random_decoder()
-    inputs, mask = torch.randn(2, 8, 16), torch.ones(2, 8, dtype=torch.long)
-    mask[1, (slice(0, 3) if side == "left" else slice(5, 8))] = 0
-    expected = reference_of(model)(inputs_embeds=inputs, attention_mask=mask).logits
-    kept = mask.bool()
-    torch.testing.assert_close(model.forward_train(inputs, mask)[kept], expected[kept], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -87,7 +80,7 @@ def test_cross_attention_logits_equal_those_of_transformers() -> None:
     model = random_decoder(cross_attention=True)
     inputs, memory = torch.randn(3, 6, 16), torch.randn(3, 5, 16)
     expected = reference_of(model)(inputs_embeds=inputs, encoder_hidden_states=memory).logits
-    actual = model.forward_train(inputs, memory=memory)
+    actual = logits(model, inputs, memory=memory)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -95,24 +88,22 @@ def test_cross_attention_logits_equal_those_of_transformers() -> None:
 def test_token_by_token_through_the_cache_gives_the_logits_of_one_whole_pass() -> None:
     model = random_decoder(cross_attention=True)
     ids, prefix, memory = torch.randint(0, 61, (2, 4)), torch.randn(2, 3, 16), torch.randn(2, 5, 16)
-    whole = model.forward_train(torch.cat((prefix, model.embed(ids)), 1), memory=memory)
-    cache = model.new_cache(slots=2, max_len=7, memory_len=5)
-    logits = [model.prefill(prefix, memory, cache, first_slot=0)]
+    whole = logits(model, torch.cat((prefix, model.embed(ids)), 1), memory=memory)
+    cache = model.new_cache(slots=2, entries=7, memory_len=5)
+    found = [model.prefill(prefix, memory, cache, first_slot=0)]
     for step in range(4):
-        place = torch.full((2,), 3 + step)
-        mask = torch.zeros(2, 1, 1, 4 + step)
-        logits.append(model.decode_one_token(ids[:, step, None], place, place[:, None], mask, cache)[:, 0])
-    torch.testing.assert_close(torch.stack(logits, 1), whole[:, 2:], atol=1e-5, rtol=1e-5)
+        cache.start_step(slice(0, 2), 3, torch.full((2,), 1 + step), None, 1 + step)
+        found.append(model.decode_one_token(ids[:, step, None], torch.full((2,), 3 + step), cache)[:, 0])
+    torch.testing.assert_close(torch.stack(found, 1), whole[:, 2:], atol=1e-5, rtol=1e-5)
 
 
 def test_the_cache_keeps_a_slot_whole_when_it_moves() -> None:
-    cache = random_decoder(cross_attention=True).new_cache(slots=3, max_len=4, memory_len=2)
-    cache.window = Window(slice(2, 3), slice(0, 2), 2)
-    cache.write(0, torch.ones(1, 2, 4, 4), torch.ones(1, 2, 4, 4) * 2)
-    cache.write_memory(0, torch.ones(1, 2, 4, 4) * 3, torch.ones(1, 2, 4, 4) * 4)
-    cache.move([2], [0], length=2)
-    cache.window = Window(slice(0, 1), slice(0, 2), 2)
-    found = [*cache.read(0), *cache.read_memory(0)]
+    cache = random_decoder(cross_attention=True).new_cache(slots=3, entries=4, memory_len=2)
+    blocks = [cache.keys, cache.values, cache.memory_keys, cache.memory_values]
+    for value, block in enumerate(blocks, 1):
+        block[:, 2] = value
+    cache.move(torch.tensor([2]), torch.tensor([0]), length=2)
+    found = [cache.keys[:, 0, :2], cache.values[:, 0, :2], cache.memory_keys[:, 0], cache.memory_values[:, 0]]
     assert [tensor.unique().tolist() for tensor in found] == [[1.0], [2.0], [3.0], [4.0]]
 
 
@@ -122,7 +113,7 @@ def test_the_published_layout_loads_with_the_logits_of_transformers(data: Path) 
     reference = GPT2LMHeadModel.from_pretrained(data / "rugpt3-tiny").eval()
     ids = torch.tensor([model.tokenizer.encode("Собака бежит по снегу.")])
     expected = reference(ids).logits
-    torch.testing.assert_close(model.forward_train(model.embed(ids)), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(model, model.embed(ids)), expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
@@ -302,7 +293,7 @@ def test_what_is_saved_loads_in_transformers_and_here(tmp_path: Path, data: Path
     ids = torch.tensor([model.tokenizer.encode("Кошка спит.")])
     expected = GPT2LMHeadModel.from_pretrained(tmp_path).eval()(ids).logits
     again = RuGpt.from_pretrained(tmp_path)
-    torch.testing.assert_close(again.forward_train(again.embed(ids)), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(again, again.embed(ids)), expected, atol=1e-4, rtol=1e-5)
     assert again.tokenizer.encode("Кошка спит.") == ids[0].tolist()
 
 
@@ -346,12 +337,12 @@ def test_a_config_that_cannot_be_used_is_refused_by_value(
 
 def test_a_decoder_with_cross_attention_asks_for_its_memory() -> None:
     with pytest.raises(BridgeMismatchError, match="memory"):
-        random_decoder(cross_attention=True).forward_train(torch.randn(1, 2, 16))
+        logits(random_decoder(cross_attention=True), torch.randn(1, 2, 16))
 
 
 def test_gradients_reach_the_inputs_and_every_weight() -> None:
     model = random_decoder(cross_attention=True)
     inputs, memory = torch.randn(2, 5, 16, requires_grad=True), torch.randn(2, 3, 16)
-    model.forward_train(inputs, memory=memory).logsumexp(-1).sum().backward()
+    logits(model, inputs, memory=memory).logsumexp(-1).sum().backward()
     assert inputs.grad is not None
     assert all(parameter.grad is not None for parameter in model.parameters())

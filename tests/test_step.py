@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from framecap.model import step as step_module
 from framecap.model.beam import BeamSearch
+from framecap.model.cuda_graphs import MOST_GRAPHS, CudaGraphs, Run
 from framecap.model.decode_options import DecodeOptions
+from framecap.model.engine import decode_step, row_sizes
 from framecap.model.generate import Generator
 from framecap.model.rugpt import RuGpt
 from framecap.model.rugpt_config import RuGptConfig
-from framecap.model.step import FINISHED, GraphedStep, Search, Shapes, decode_step
-from framecap.model.stepwise import Stepwise
-from framecap.model.stopping import StopRule
+from framecap.model.search import FINISHED, Stepwise, StopRule
 
 NEW, SLOTS = 20, 48
 CPU = torch.device("cpu")
@@ -35,15 +35,16 @@ STRATEGIES = [
 
 @dataclass
 class Tape:
-    """Records as CUDA graphs do: what is captured does not run until it is replayed."""
+    """Captures as CUDA graphs do: what is captured runs once before, and then only when it is replayed."""
 
     captured: list[Callable[[], None]] = field(default_factory=list)
     refuses: bool = False
 
-    def warm_up(self, run: Callable[[], None]) -> None:
-        run()
+    def graphs(self, step: Run) -> CudaGraphs:
+        return CudaGraphs(step, functools.partial(self.capture, step))
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, step: Any, run: Callable[[], None]) -> Callable[[], None]:
+        run()
         if self.refuses:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.captured.append(run)
@@ -79,9 +80,10 @@ class OperationTape(Tape):
     """Replays the very operations that were captured, on the same tensors, as a CUDA graph does: whatever Python
     worked out at capture stays as it was."""
 
-    def capture(self, run: Any) -> Callable[[], None]:
-        _, cache, search, *_ = run.args
-        blocks = [block for layer in cache.layers for block in (layer.keys, layer.values)]
+    def capture(self, step: Any, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        _, cache, search, *_ = step.args
+        blocks = [cache.keys, cache.values]
         kept = [*search.state(), *blocks]
         before = [tensor.clone() for tensor in kept]
         with Operations() as operations:
@@ -115,16 +117,16 @@ def prefixes() -> torch.Tensor:
     return torch.randn(100, 5, 32, generator=torch.Generator().manual_seed(3))
 
 
-def prepared(decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float]) -> tuple[Search, Callable[..., None]]:
+def prepared(decoder: RuGpt, prefixes: torch.Tensor, strategy: dict[str, float]) -> tuple[Any, Callable[..., None]]:
     """A search whose first 30 of 48 slots have read their prefix, and its step."""
     options = DecodeOptions.from_dict(strategy | {"max_new_tokens": NEW})
     kind = BeamSearch if options.num_beams > 1 else Stepwise
-    search: Search = kind(SLOTS, options, StopRule(None, 84, (), 97, decoder.device), decoder.device)
+    search: Any = kind(SLOTS, options, StopRule(None, 84, (), 97, decoder.device), decoder.device)
     cache = decoder.new_cache(SLOTS, 5 + NEW * search.beams)
     rows = slice(0, 30)
     if not prefixes.is_meta:
         search.admit(rows, [(row, 0) for row in range(30)])
-    search.advance(decoder.prefill(prefixes[rows], None, cache, 0)[:, None].float(), rows)
+    search.advance(decoder.prefill(prefixes[rows], None, cache, 0)[:, None], rows)
     return search, lambda size, tokens: decode_step(decoder, cache, search, 5, size, tokens)
 
 
@@ -159,13 +161,11 @@ def test_finished_and_empty_slots_stay_as_they_are(
 
 
 def test_shapes_are_few_and_waste_at_most_a_third() -> None:
-    shapes = Shapes.static(1024)
-    assert shapes.rows == (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    sizes = row_sizes(1024)
+    assert sizes == (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
     for live in range(16, 1025):
-        assert live <= shapes.rows_for(live) <= 1.5 * live
-    assert {shapes.tokens_for(steps, 40) for steps in range(1, 45)} == {16, 32, 40}
-    assert Shapes.static(20).rows == (16, 20)
-    assert Shapes().rows_for(13) == 13
+        assert next(size for size in sizes if size >= live) <= 1.5 * live
+    assert row_sizes(20) == (16, 20)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
@@ -175,7 +175,7 @@ def test_replaying_the_captured_operations_gives_the_same_captions(
     options, seeds = DecodeOptions.from_dict(strategy | {"max_new_tokens": NEW}), list(range(100))
     expected = Generator(decoder).generate(prefixes, None, options, seeds)
     tape = OperationTape()
-    generator = Generator(decoder, SLOTS, static=True, recorder=lambda: tape)
+    generator = Generator(decoder, SLOTS, static=True, graphs=tape.graphs)
     for _ in range(2):
         found = generator.generate(prefixes, None, options, seeds)
         assert [c.tokens for [c] in found] == [c.tokens for [c] in expected]
@@ -220,7 +220,7 @@ def test_a_caption_that_overflows_half_way_spoils_no_other_one(
 
 def test_each_shape_is_captured_once_and_the_captions_are_the_same(decoder: RuGpt, prefixes: torch.Tensor) -> None:
     tape = Tape()
-    generator = Generator(decoder, SLOTS, static=True, recorder=lambda: tape)
+    generator = Generator(decoder, SLOTS, static=True, graphs=tape.graphs)
     options = DecodeOptions(max_new_tokens=NEW)
     expected = Generator(decoder).generate(prefixes, None, options)
     for _ in range(2):  # the second call finds the graphs of the first
@@ -240,7 +240,7 @@ def test_few_frames_get_few_slots_and_a_larger_loop_serves_them_too(
         return new_cache(count, length, memory)
 
     monkeypatch.setattr(decoder, "new_cache", counted)
-    generator = Generator(decoder, SLOTS, static=True, recorder=Tape)
+    generator = Generator(decoder, SLOTS, static=True, graphs=Tape().graphs)
     for frames in (3, 30, 5):
         generator.generate(prefixes[:frames], None, DecodeOptions(max_new_tokens=NEW))
     assert slots == [16, 32]
@@ -249,7 +249,7 @@ def test_few_frames_get_few_slots_and_a_larger_loop_serves_them_too(
 def test_where_capturing_fails_captions_are_the_same_and_one_warning_says_so(
     decoder: RuGpt, prefixes: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    generator = Generator(decoder, SLOTS, static=True, recorder=lambda: Tape(refuses=True))
+    generator = Generator(decoder, SLOTS, static=True, graphs=Tape(refuses=True).graphs)
     options = DecodeOptions(max_new_tokens=NEW)
     found = generator.generate(prefixes, None, options)
     assert [c.tokens for [c] in found] == [c.tokens for [c] in Generator(decoder).generate(prefixes, None, options)]
@@ -260,12 +260,12 @@ def test_where_capturing_fails_captions_are_the_same_and_one_warning_says_so(
 
 def test_no_more_shapes_are_captured_than_allowed_and_one_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
     tape, ran = Tape(), []
-    step = GraphedStep(lambda rows, tokens: ran.append((rows, tokens)), tape)
-    shapes = [(rows, 16) for rows in range(step_module.MOST_GRAPHS + 5)]
+    step = tape.graphs(lambda rows, tokens: ran.append((rows, tokens)))
+    shapes = [(rows, 16) for rows in range(MOST_GRAPHS + 5)]
     for _ in range(2):
         for shape in shapes:
             step(*shape)
-    assert len(tape.captured) == step_module.MOST_GRAPHS
+    assert len(tape.captured) == MOST_GRAPHS
     assert ran == 2 * shapes
     assert [record.message for record in caplog.records] == [
         "64 shapes of a decoding step are captured; others run slower"

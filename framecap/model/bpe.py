@@ -7,7 +7,7 @@ special_tokens_map.json and tokenizer_config.json, the files that transformers' 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
@@ -103,6 +103,11 @@ class GptTokenizer:
         """Text of ``ids``; special tokens are left out."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """``decode`` of many at once, on all of the tokenizer's threads."""
+        texts: list[str] = self.tokenizer.decode_batch([list(ids) for ids in batch], skip_special_tokens=True)
+        return texts
 
     def token_id(self, token: str) -> int | None:
         """Id of the token spelt exactly ``token`` in the vocabulary, or None."""

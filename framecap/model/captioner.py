@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,15 +68,6 @@ class Caption:
     def failed(cls, error: FrameError) -> Caption:
         """The row of a frame that could not be captioned."""
         return cls(text="", status="error", error=str(error))
-
-
-@dataclass(eq=False)
-class _Batch:
-    """Frames that are decoded: their places in the caller's list, features [N, D], candidates by number."""
-
-    places: list[int]
-    pooled: Tensor
-    found: dict[int, list[Candidate]] = field(default_factory=dict)
 
 
 class Captioner:
@@ -181,8 +171,7 @@ class Captioner:
         check_list(frames, "frames")
         options = self.checked(options or DecodeOptions())
         captions: dict[int, Caption] = {}
-        under_way: dict[int, _Batch] = {}  # by the number that a frame has in the stream
-        numbers = itertools.count()
+        in_flight: dict[FrameBatch, tuple[list[int], Tensor]] = {}
 
         def encoded(start: int, chosen: Sequence[Frame]) -> FrameBatch | None:
             """One batch; of its pixels nothing is kept while it is decoded."""
@@ -193,21 +182,16 @@ class Captioner:
                 return None
             pixels = np.stack(list(good.values()))
             features = self.features(pixels)
-            batch = _Batch(list(good), features.pooled)
-            under_way.update({next(numbers): batch for _ in good})
-            return self.frame_batch(features, _seeds(pixels, options))
+            batch = self.frame_batch(features, _seeds(pixels, options))
+            in_flight[batch] = list(good), features.pooled
+            return batch
 
         size = CAPTION_BATCH[self.device.type]
-        starts = range(0, len(frames), size)
-        batches = filter(None, (encoded(start, frames[start : start + size]) for start in starts))
+        batches = (encoded(start, frames[start : start + size]) for start in range(0, len(frames), size))
         # The next batch enters as the captions of this one end, so that none drains alone.
-        for number, candidates in self.generator.stream(batches, options, len(frames)):
-            batch = under_way.pop(number)
-            batch.found[number] = candidates
-            if len(batch.found) == len(batch.places):
-                ordered = [batch.found[number] for number in sorted(batch.found)]
-                made = self.to_captions(ordered, batch.pooled, options, similarity=True)
-                captions.update(zip(batch.places, made, strict=True))
+        for batch in self.generator.stream(filter(None, batches), options, len(frames)):
+            places, pooled = in_flight.pop(batch)
+            captions.update(zip(places, self.to_captions(batch.candidates, pooled, options, True), strict=True))
         return [captions[place] for place in range(len(frames))]
 
     @torch.inference_mode()
@@ -328,6 +312,8 @@ class Captioner:
         return self._source
 
     def _pixels(self, frames: Sequence[Frame]) -> list[np.ndarray | FrameError]:
+        """Frames → their pixels uint8 [R, R, 3], or what is wrong with them."""
+
         def cropped(frame: Frame) -> np.ndarray | FrameError:
             try:
                 return crop_and_resize(frame, self.resolution)

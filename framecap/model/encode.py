@@ -8,16 +8,15 @@ the pass of the current one. On a CPU the last batch is as small as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from framecap.model.attention import planless_attention
+from framecap.model.cuda_graphs import CudaGraphs, Graphs
 from framecap.model.packed import identity
 from framecap.model.ruclip import ImageFeatures, RuClip, text_buckets
-from framecap.model.step import CudaGraphs, GraphedStep
 from framecap.model.transfer import ahead, index, to_device
 
 log = logging.getLogger(__name__)
@@ -28,13 +27,6 @@ FRAMES = {"cpu": 8, "cuda": 256}
 TEXTS = {"cpu": 32, "cuda": 64}
 LEAST_FRAMES = 8  # a GPU without memory for so many has none for anything else
 
-Run = Callable[[int, int], None]
-Graphs = Callable[[Run], Run]  # makes a run of two numbers, its shape, one that is captured
-
-
-def _cuda_graphs(run: Run) -> Run:
-    return GraphedStep(run, CudaGraphs())
-
 
 class ImageEncoder:
     """The image tower of ``model``; ``with_patches``: its hidden states are wanted as well.
@@ -44,7 +36,7 @@ class ImageEncoder:
 
     def __init__(self, model: RuClip, with_patches: bool, graphs: Graphs | None = None, frames: int | None = None):
         self._model, self._with_patches = model, with_patches
-        self._graphs = graphs or (_cuda_graphs if model.device.type == "cuda" else None)
+        self._graphs = graphs or (CudaGraphs if model.device.type == "cuda" else None)
         self._frames = frames or FRAMES[model.device.type]
         self._made_of: tuple[object, ...] = ()
 
@@ -122,7 +114,7 @@ class TextEncoder:
 
     def __init__(self, model: RuClip, graphs: Graphs | None = None, texts: int | None = None) -> None:
         self._model = model
-        self._graphs = graphs or (_cuda_graphs if model.device.type == "cuda" else None)
+        self._graphs = graphs or (CudaGraphs if model.device.type == "cuda" else None)
         self._texts = texts or TEXTS[model.device.type]
         self._made_of: tuple[object, ...] = ()
 

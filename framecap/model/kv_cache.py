@@ -1,131 +1,108 @@
-"""The decoder's memory of what it has read: one static block per layer, a slot per frame.
+"""The decoder's memory of what it has read: keys and values in slots, one slot per frame.
 
-Knows nothing of captions. A frame's prefix stands once in its slot however many beams read it, and the
-tokens of its beams follow step by step, so that beams part and die without a copy: which entries a beam may
-see is a matter of the attention mask.
+Knows nothing of captions. A frame's prefix stands once in its slot however many beams read it. The tokens of its beams
+follow step by step, so beams part and die without a copy: which entries a beam sees is a matter of masks.
 
-Entries are always finite. A slot keeps those of the frame before, masked, and 0 × NaN is NaN: one frame that
-overflows would spoil those that come after it.
+Entries are always finite. A slot keeps those of the frame before, masked, and 0 × NaN is NaN: one frame that overflows
+would spoil those that come after it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
-# The cache is read in whole units of so many entries. Sums over them are then made in one order, however long the
-# longest caption is: on a CPU, what a frame gets does not depend on its neighbours, to the last bit.
-_UNIT = 16
+from framecap.model.attention import attend
+
+_UNIT = 16  # entries; attention over whole units is faster on a CPU
 
 
-def whole_units(entries: int) -> int:
-    """The number of entries that are read for so many that count."""
-    return -(-entries // _UNIT) * _UNIT
-
-
-@dataclass
-class Window:
-    """Where one pass writes, and how far it reads: slots ``rows``, ``columns`` int64 [n, Q], ``length``."""
-
-    rows: slice
-    columns: Tensor | slice
-    length: int
-
-
-@dataclass
-class LayerCache:
-    """One layer's keys and values [slots, max_len, heads, head_dim] and those of the bridge's memory."""
-
-    keys: Tensor
-    values: Tensor
-    memory_keys: Tensor | None = None
-    memory_values: Tensor | None = None
-
-
-@dataclass
 class KvCache:
-    """All layers' caches; slots 0 … n-1 are the live ones."""
+    """Keys and values of all layers, [layers, slots, entries, heads, head_dim] each, and those of a memory.
 
-    layers: list[LayerCache]
-    slots: int
-    max_len: int
-    window: Window = field(default_factory=lambda: Window(slice(0, 0), slice(0, 0), 0))
-    row_index: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.long))
+    ``start_prefill`` or ``start_step`` announces a pass; then each layer calls ``attend``.
+    """
 
-    @classmethod
-    def allocate(
-        cls,
+    def __init__(
+        self,
         layers: int,
         slots: int,
-        max_len: int,
+        entries: int,
         heads: int,
         head_dim: int,
         memory_len: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> KvCache:
-        """Reserve ``layers`` × 2 × [slots, max_len in whole units, heads, head_dim], and as much for a memory."""
-        max_len = whole_units(max_len)
-
+    ) -> None:
         def block(length: int) -> Tensor:
-            return torch.zeros(slots, length, heads, head_dim, dtype=dtype, device=device)
+            return torch.zeros(layers, slots, length, heads, head_dim, dtype=dtype, device=device)
 
-        filled = [
-            LayerCache(
-                block(max_len),
-                block(max_len),
-                block(memory_len) if memory_len else None,
-                block(memory_len) if memory_len else None,
-            )
-            for _ in range(layers)
-        ]
-        index = torch.arange(slots, device=device)[:, None]
-        return cls(filled, slots, max_len, row_index=index)
+        entries = _whole_units(entries)
+        self.keys, self.values = block(entries), block(entries)
+        self.memory_keys, self.memory_values = block(memory_len), block(memory_len)
+        self._slots = torch.arange(slots, device=device)[:, None]
+        self._rows = slice(0, 0)
+        self._columns: Tensor | None = None
+        self._mask: Tensor | None = None
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values [n, Q, heads, head_dim] into the window's rows and columns."""
-        keys, values = _finite(keys), _finite(values)
-        rows, columns = self.window.rows, self.window.columns
-        cache = self.layers[layer]
-        if isinstance(columns, slice):
-            cache.keys[rows, columns] = keys
-            cache.values[rows, columns] = values
+    def start_prefill(self, rows: slice) -> None:
+        """Prefixes are read into slots ``rows``, from their first entry on."""
+        self._rows, self._columns, self._mask = rows, None, None
+
+    def start_step(self, rows: slice, prefix_len: int, steps: Tensor, ancestors: Tensor | None, tokens: int) -> None:
+        """Each of slots ``rows`` is fed the last of its ``steps`` int64 [n] tokens, at most ``tokens``.
+
+        ``ancestors`` bool [n, K, ≥ tokens · K]: which generated entries each of its K beams sees; entry s · K + k is
+        the token of beam k in step s. None: one beam, which sees all of its own.
+        """
+        fed = (steps - 1).clamp_min_(0)[:, None]
+        if ancestors is None:
+            columns = fed
+            seen = (torch.arange(tokens, device=steps.device) <= fed)[:, None]
         else:
-            place = (self.row_index[rows], columns)
-            cache.keys.index_put_(place, keys)
-            cache.values.index_put_(place, values)
+            beams = ancestors.shape[1]
+            columns = fed * beams + torch.arange(beams, device=steps.device)
+            seen = ancestors[:, :, : tokens * beams]
+        length = prefix_len + seen.shape[2]
+        mask = self.keys.new_zeros(*seen.shape[:2], _whole_units(length))
+        mask[:, :, prefix_len:length].masked_fill_(~seen, float("-inf"))
+        mask[:, :, length:] = float("-inf")
+        self._rows, self._columns, self._mask = rows, prefix_len + columns, mask[:, None]
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, length, heads, head_dim] of the window, without copying."""
-        cache = self.layers[layer]
-        rows, length = self.window.rows, self.window.length
-        return cache.keys[rows, :length], cache.values[rows, :length]
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of this pass's tokens, whose keys and values it keeps: [n, Q, heads, head_dim] each → [n, Q, E]."""
+        keys, values, rows = self.keys[layer], self.values[layer], self._rows
+        if self._columns is None or self._mask is None:
+            count, length = rows.stop - rows.start, key.shape[1]  # rows beyond only fill up a shape
+            keys[rows, :length] = _finite(key[:count])
+            values[rows, :length] = _finite(value[:count])
+            return attend(query, key, value, scale, causal=True)
+        place = (self._slots[rows], self._columns)
+        keys.index_put_(place, _finite(key))
+        values.index_put_(place, _finite(value))
+        length = self._mask.shape[-1]
+        return attend(query, keys[rows, :length], values[rows, :length], scale, self._mask)
 
-    def write_memory(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put the memory's keys and values [n, M, heads, head_dim] into the window's rows."""
-        cache = self.layers[layer]
-        if cache.memory_keys is None or cache.memory_values is None:
-            raise ValueError("this cache was allocated without room for a memory")
-        cache.memory_keys[self.window.rows] = _finite(keys)
-        cache.memory_values[self.window.rows] = _finite(values)
+    def keep_memory(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put the memory's keys and values [n, M, heads, head_dim] into this pass's slots."""
+        count = self._rows.stop - self._rows.start
+        self.memory_keys[layer, self._rows] = _finite(key[:count])
+        self.memory_values[layer, self._rows] = _finite(value[:count])
 
-    def read_memory(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The memory's keys and values [n, M, heads, head_dim] of the window's rows."""
-        cache = self.layers[layer]
-        if cache.memory_keys is None or cache.memory_values is None:
-            raise ValueError("this cache was allocated without room for a memory")
-        return cache.memory_keys[self.window.rows], cache.memory_values[self.window.rows]
+    def memory(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, M, heads, head_dim] of the memories of this pass's slots."""
+        return self.memory_keys[layer, self._rows], self.memory_values[layer, self._rows]
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copy slots ``source`` int64 [n] over ``target`` (their first ``length`` entries, and their memory)."""
-        for layer in self.layers:
-            for block in (layer.keys, layer.values):
-                block[target, :length] = block[source, :length]
-            for memory in (layer.memory_keys, layer.memory_values):
-                if memory is not None:
-                    memory[target] = memory[source]
+        """Copy slots ``source`` int64 [n] over ``target``: their first ``length`` entries, and their memory."""
+        for block in (self.keys[:, :, :length], self.values[:, :, :length], self.memory_keys, self.memory_values):
+            if block.shape[2]:
+                block[:, target] = block[:, source]
+
+
+def _whole_units(entries: int) -> int:
+    """The number of entries that are read for so many that count."""
+    return -(-entries // _UNIT) * _UNIT
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framecap.errors import BridgeMismatchError, CaptionerError, PositionLimitError, WeightsError
+from framecap.model.attention import attend
 from framecap.model.bpe import GptTokenizer
-from framecap.model.kv_cache import KvCache, Window
+from framecap.model.kv_cache import KvCache
 from framecap.model.packed import PackedLinear, PackedWeight
 from framecap.model.rugpt_config import GELU_TANH, RuGptConfig, with_tokenizer_ids
 from framecap.model.rugpt_layout import CONV1D, cross_name, is_cross, normalise_names
@@ -88,17 +89,14 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.reads_memory = config.cross_attention
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KvCache | None, memory: Tensor | None) -> Tensor:
-        """[n, Q, E] → [n, Q, E]. ``mask`` is additive [n, 1, Q, length], or None for causal over Q itself.
-
-        With a cache and a mask, keys are read from the cache after this pass's own were written.
-        """
+    def forward(self, x: Tensor, cache: KvCache | None, memory: Tensor | None) -> Tensor:
+        """[n, Q, E] → [n, Q, E]; causal over Q itself without a cache, else what the cache's pass is."""
         query, key, value = self.attn.project(self.ln_1(x))
-        if cache is not None:
-            cache.write(self.layer, key, value)
-            if mask is not None:
-                key, value = cache.read(self.layer)
-        x = x + self.attn.c_proj(_attend(query, key, value, mask, self.scale, causal=mask is None))
+        if cache is None:
+            read = attend(query, key, value, self.scale, causal=True)
+        else:
+            read = cache.attend(self.layer, query, key, value, self.scale)
+        x = x + self.attn.c_proj(read)
         if self.reads_memory:
             x = x + self._read_memory(self.ln_cross_attn(x), cache, memory)
         return x + self.mlp(self.ln_2(x))
@@ -108,13 +106,13 @@ class Block(nn.Module):
         if memory is not None:
             key, value = cross.project_memory(memory)
             if cache is not None:
-                cache.write_memory(self.layer, key, value)
+                cache.keep_memory(self.layer, key, value)
         elif cache is not None:
-            key, value = cache.read_memory(self.layer)
+            key, value = cache.memory(self.layer)
         else:
             raise BridgeMismatchError("this decoder has cross-attention layers and needs a memory; got None.")
         query = cross.q_attn(x).view(*x.shape[:2], cross.heads, -1)
-        return cross.c_proj(_attend(query, key, value, None, self.scale, causal=False))
+        return cross.c_proj(attend(query, key, value, self.scale))
 
 
 class RuGpt(nn.Module):
@@ -202,52 +200,41 @@ class RuGpt(nn.Module):
         """[..., E] → [..., V], with the input embedding as output matrix."""
         return self._head.linear(hidden, self.wte.weight, None)
 
-    def hidden_train(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None
-    ) -> Tensor:
+    def hidden_train(self, inputs: Tensor, memory: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, E] of ``inputs`` [B, T, E] (embeddings without positions).
 
-        ``attention_mask`` [B, T] is 0 at padding; ``memory`` [B, M, E]. No cache; differentiable.
+        ``memory`` [B, M, E]. No cache; differentiable.
         """
         length = inputs.shape[1]
         self.check_positions(length, 0)
-        mask = None if attention_mask is None else _causal_mask(attention_mask, inputs.dtype)
         x = inputs + self.wpe.weight[:length]
         for block in self.h:
-            x = block(x, mask, None, memory)
+            x = block(x, None, memory)
         return self.ln_f(x)
 
-    def forward_train(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None
-    ) -> Tensor:
-        """Logits [B, T, V] of ``inputs`` [B, T, E]; see ``hidden_train``."""
-        return self.logits(self.hidden_train(inputs, attention_mask, memory))
-
-    def new_cache(self, slots: int, max_len: int, memory_len: int = 0) -> KvCache:
-        """A cache of ``slots`` frames with ``max_len`` entries each, in the decoder's dtype and device."""
+    def new_cache(self, slots: int, entries: int, memory_len: int = 0) -> KvCache:
+        """A cache of ``slots`` frames with ``entries`` each, in the decoder's dtype and device."""
         config = self.config
-        shape = (config.n_layer, slots, max_len, config.n_head, config.head_dim, memory_len)
-        return KvCache.allocate(*shape, dtype=self.dtype, device=self.device)
+        shape = (config.n_layer, slots, entries, config.n_head, config.head_dim, memory_len)
+        return KvCache(*shape, dtype=self.dtype, device=self.device)
 
     def prefill(self, prefix: Tensor, memory: Tensor | None, cache: KvCache, first_slot: int) -> Tensor:
         """Read prefixes [n, P, E] into slots ``first_slot`` on; logits [n, V] of what follows them."""
         count, length = prefix.shape[:2]
-        cache.window = Window(slice(first_slot, first_slot + count), slice(0, length), length)
+        cache.start_prefill(slice(first_slot, first_slot + count))
         x = prefix + self.wpe.weight[:length]
         for block in self.h:
-            x = block(x, None, cache, memory)
+            x = block(x, cache, memory)
         return self.logits(self.ln_f(x[:, -1]))
 
-    def decode_one_token(self, ids: Tensor, positions: Tensor, columns: Tensor, mask: Tensor, cache: KvCache) -> Tensor:
-        """Feed one token per beam of the first n slots; logits [n, K, V] of the next.
+    def decode_one_token(self, ids: Tensor, positions: Tensor, cache: KvCache) -> Tensor:
+        """Feed one token per beam of the slots that ``cache.start_step`` named; logits [n, K, V] of the next.
 
-        ``ids`` int64 [n, K], ``positions`` int64 [n], ``columns`` int64 [n, K] (where the cache takes them),
-        ``mask`` additive [n, 1, K, length] in the decoder's dtype.
+        ``ids`` int64 [n, K], ``positions`` int64 [n].
         """
-        cache.window = Window(slice(0, ids.shape[0]), columns, mask.shape[-1])
         x = self.wte(ids) + self.wpe(positions)[:, None]
         for block in self.h:
-            x = block(x, mask, cache, None)
+            x = block(x, cache, None)
         return self.logits(self.ln_f(x))
 
     def check_positions(self, read: int, new: int) -> None:
@@ -334,27 +321,3 @@ def _initialise(model: RuGpt, n_layer: int) -> None:
         else:
             residual = name.endswith("c_proj.weight")
             nn.init.normal_(parameter, std=0.02 / (2 * n_layer) ** 0.5 if residual else 0.02)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-    """[n, Q, heads, head_dim] × [n, T, heads, head_dim] → [n, Q, E]."""
-    causal = causal and q.shape[1] > 1
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and q.device.type == "cpu":
-        # Training in bf16: the CPU's kernel (PyTorch 2.13) goes back four to five times as fast in fp32.
-        q, k, v = q.float(), k.float(), v.float()
-        mask = None if mask is None else mask.float()
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    return out.transpose(1, 2).flatten(2)
-
-
-def _causal_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T] (0 = padding) → additive [B, 1, T, T]; a token always sees itself, so no row is empty."""
-    length = attention_mask.shape[1]
-    square = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device)
-    seen = (square.tril() & attention_mask.bool()[:, None, :]) | square.triu().tril()
-    blank = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return blank.masked_fill(~seen, float("-inf"))[:, None]

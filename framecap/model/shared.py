@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from framecap.model.captioner import Caption, Captioner, unit
 from framecap.model.decode_options import DecodeOptions
-from framecap.model.generate import Candidate, Decoding, FrameBatch
+from framecap.model.engine import Engine, FrameBatch, prepare
 from framecap.model.ruclip import ImageFeatures
 from framecap.model.transfer import pinned
 
@@ -29,21 +28,6 @@ log = logging.getLogger(__name__)
 _TURNS = 8
 _T = TypeVar("_T")
 Seconds = dict[str, float]
-
-
-@dataclass(eq=False)
-class _Share:
-    """The frames of one call, their pooled features [N, D] and numbers in the decoding, and what has come out."""
-
-    batch: FrameBatch
-    pooled: Tensor
-    numbers: range
-    found: dict[int, list[Candidate]] = field(default_factory=dict)
-    is_lost: bool = False
-
-    @property
-    def is_ended(self) -> bool:
-        return self.is_lost or len(self.found) == len(self.numbers)
 
 
 class SharedCaptioner:
@@ -59,8 +43,8 @@ class SharedCaptioner:
         threads = (torch.get_num_threads(),)
         self._device = ThreadPoolExecutor(1, "framecap-device", torch.set_num_threads, threads)
         self._idle_since = time.perf_counter()
-        self._decoding: Decoding | None = None
-        self._shares: list[_Share] = []
+        self._engine: Engine | None = None
+        self._in_flight: set[FrameBatch] = set()
 
     @property
     def has_text(self) -> bool:
@@ -89,13 +73,13 @@ class SharedCaptioner:
     ) -> list[Caption]:
         """Captions of frames that are encoded, a seed for each.
 
-        What another thread's frame breaks does no harm: the frames are then captioned without company, and only
-        what fails then is raised.
+        What another thread's frame breaks does no harm: the frames are retried alone, and only what fails then is
+        raised.
         """
-        share = self._on_device(seconds, "generate", lambda: self._join(features, seeds))
-        while not share.is_ended:
-            self._on_device(seconds, "generate", lambda: self._advance(share))
-        return self._on_device(seconds, "generate", lambda: self._captions(share))
+        batch, pooled = self._on_device(seconds, "generate", lambda: self._join(features, seeds))
+        while batch in self._in_flight:
+            self._on_device(seconds, "generate", lambda: self._advance(batch))
+        return self._on_device(seconds, "generate", lambda: self._captions(batch, pooled))
 
     def _on_device(self, seconds: Seconds, stage: str, work: Callable[[], _T]) -> _T:
         def timed() -> _T:
@@ -111,65 +95,49 @@ class SharedCaptioner:
 
     # What follows runs in the device's thread.
 
-    def _join(self, features: Sequence[ImageFeatures], seeds: Sequence[int]) -> _Share:
-        """Let frames take part in the decoding that is under way; one with too few slots ends before."""
+    def _join(self, features: Sequence[ImageFeatures], seeds: Sequence[int]) -> tuple[FrameBatch, Tensor]:
+        """Add frames to the running decode loop; one with too few slots is drained before."""
         pooled = torch.cat([part.pooled for part in features])
         batch = self._with_room(lambda: self._captioner.frame_batch(ImageFeatures.join(features), seeds))
         generator = self._captioner.generator
-        if self._decoding is None or self._decoding.slots < generator.slots(self._options, len(seeds)):
+        lengths, slots = prepare(self._captioner.decoder, batch), generator.slots(self._options, len(seeds))
+        if self._engine is None or self._engine.slots < slots:
             self._drain()
-            self._decoding = generator.start(self._options, len(seeds))
-        try:
-            share = _Share(batch, pooled, self._decoding.add(batch))
-        except Exception:
-            if not self._shares:
-                self._decoding = None  # it may have no loop, for want of memory
-            raise
-        self._shares.append(share)
-        return share
+            self._engine = self._with_room(lambda: generator.engine(self._options, lengths, slots))
+        self._engine.add(batch)
+        self._in_flight.add(batch)
+        return batch, pooled
 
-    def _advance(self, share: _Share) -> None:
-        """Some tokens for all captions, unless those of ``share`` have ended meanwhile."""
+    def _advance(self, batch: FrameBatch) -> None:
+        """Some tokens for all captions, unless those of ``batch`` have ended meanwhile."""
         for _ in range(_TURNS):
-            if share.is_ended:
-                return
-            self._turn(share)
+            if batch in self._in_flight:
+                self._turn()
 
-    def _turn(self, asked_by: _Share | None = None) -> None:
-        """One token for all captions. An error ends the decoding; it is raised if only ``asked_by`` took part, else
-        all frames are lost to it: whose fault it was shows when they are captioned without company."""
-        assert self._decoding is not None
+    def _turn(self) -> None:
+        """One token for all captions. An error ends the loop, and its batches have captions missing."""
+        assert self._engine is not None
         try:
-            for number, candidates in self._decoding.turn():
-                owner = next(share for share in self._shares if number in share.numbers)
-                owner.found[number] = candidates
+            self._in_flight.difference_update(self._engine.turn())
         except Exception as error:
-            self._decoding, lost, self._shares = None, self._shares, []
-            if lost == [asked_by]:
-                raise
-            log.warning("%d batches failed together (%s); captioning them one by one", len(lost), error)
-            for share in lost:
-                share.is_lost = True
-        self._shares = [share for share in self._shares if not share.is_ended]
+            log.warning("%d batches failed together (%s); captioning them one by one", len(self._in_flight), error)
+            self._engine, self._in_flight = None, set()
 
     def _drain(self) -> None:
-        """Go on until nobody takes part in the decoding; its loop is kept for the next."""
-        while self._shares:
+        """Go on until no batch is in flight; the engine is kept for the next."""
+        while self._in_flight:
             self._turn()
-        if self._decoding is not None:
-            self._captioner.generator.keep(self._decoding)
-            self._decoding = None
+        if self._engine is not None:
+            self._captioner.generator.keep(self._engine)
+            self._engine = None
 
-    def _captions(self, share: _Share) -> list[Caption]:
-        """The captions of a share that has ended; one that was lost is decoded again first, without company."""
-        if share.is_lost:
+    def _captions(self, batch: FrameBatch, pooled: Tensor) -> list[Caption]:
+        """The captions of a batch that has ended; one that failed in company is retried alone."""
+        candidates = batch.candidates
+        if batch.missing:
             self._drain()
-            batch = share.batch
             candidates = self._captioner.generator.generate(batch.prefix, batch.memory, self._options, batch.seeds)
-        else:
-            candidates = [share.found[number] for number in share.numbers]
-        arguments = (candidates, share.pooled, self._options, self._similarity)
-        return self._with_room(lambda: self._captioner.to_captions(*arguments))
+        return self._with_room(lambda: self._captioner.to_captions(candidates, pooled, self._options, self._similarity))
 
     def _with_room(self, work: Callable[[], _T]) -> _T:
         """Do ``work``; where the memory is short, once more when all captions under way are made and their slots are
@@ -179,9 +147,7 @@ class SharedCaptioner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning(
-                "no room beside the captions under way, so they are made first; smaller batches help: %s", error
-            )
+            log.warning("out of memory; draining in-flight captions first (smaller batches help): %s", error)
         self._drain()
         self._captioner.generator.forget()
         return work()

@@ -43,7 +43,7 @@ class CaptionLoss(nn.Module):
             prefix = self.decoder.embed(bos)
         inputs = torch.cat((prefix, self.decoder.embed(known).to(prefix.dtype)), dim=1)
         # Causal attention and padding on the right: no caption token sees padding, so no mask is needed.
-        hidden = self.decoder.hidden_train(inputs, None, memory)[:, prefix.shape[1] - 1 :]
+        hidden = self.decoder.hidden_train(inputs, memory)[:, prefix.shape[1] - 1 :]
         wanted = targets != IGNORED
         logits = self.decoder.logits(hidden[wanted])
         return F.cross_entropy(logits.float(), targets[wanted], reduction="sum")
