@@ -11,8 +11,10 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -20,10 +22,13 @@ from PIL import Image
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from framecap import schema
-from framecap.errors import SettingsError
+from framecap.errors import FrameError, SettingsError
+from framecap.image_uris import FetchRules, allowed_places, fetch
+from framecap.model.decoder_process import shared_decoder
+from framecap.model.pictures import open_frame
 from framecap.row_values import rows_of, values_of
 from framecap.shards import list_input
-from framecap.storage import join, open_fs, read_bytes
+from framecap.storage import join, open_fs
 
 
 def read_captions(uri: str, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
@@ -115,12 +120,19 @@ class Grid:
         )
 
 
-def show(frames: Iterable[Any] | pa.Table, captions: Iterable[Any] | pa.Table | None = None, width: int = 200) -> Grid:
+def show(
+    frames: Iterable[Any] | pa.Table,
+    captions: Iterable[Any] | pa.Table | None = None,
+    width: int = 200,
+    allow: Sequence[str] = (),
+) -> Grid:
     """A grid of ``frames`` with ``captions`` below them, ``width`` CSS pixels a cell at least.
 
     ``frames`` are encoded bytes, paths, URIs, PIL pictures or uint8 arrays ``[H, W, 3]``; ``captions`` strings or
     `framecap.Caption` objects; either may be a column of a table. Or one table of frames joined to captions, with
-    columns ``image`` and ``caption``.
+    columns ``image`` and ``caption``. Strings may come out of somebody's table, so they name pictures below the
+    current folder, or below the folders and prefixes of ``allow`` (``["s3://archive/"]``) instead; a `pathlib.Path`
+    may be anywhere. What cannot be shown is a gap with the reason below it.
 
     Raises:
         SettingsError: as many captions as frames are needed, or a table lacks its columns.
@@ -134,12 +146,16 @@ def show(frames: Iterable[Any] | pa.Table, captions: Iterable[Any] | pa.Table | 
         captions = _column(captions, "caption")
     frames = values_of(frames) if isinstance(frames, pa.Array | pa.ChunkedArray) else frames
     captions = values_of(captions) if isinstance(captions, pa.Array | pa.ChunkedArray) else captions
-    pictures = [_data_uri(frame, width * 2) for frame in frames]
+    rules = FetchRules(allowed_places(".", allow, "allow"), retries=0)
+    shown = [_data_uri(frame, width * 2, rules) for frame in frames]
+    pictures = [picture for picture, _ in shown]
     captions = [""] * len(pictures) if captions is None else captions
     words = [str(getattr(caption, "text", caption) or "") for caption in captions]
     if len(words) != len(pictures):
         raise SettingsError(f"{len(pictures)} frames and {len(words)} captions; give one caption per frame")
-    return Grid(tuple(pictures), tuple(words), tuple(notes or [""] * len(words)), width)
+    notes = notes or [""] * len(words)
+    reasons = [" · ".join(filter(None, pair)) for pair in zip((reason for _, reason in shown), notes, strict=True)]
+    return Grid(tuple(pictures), tuple(words), tuple(reasons), width)
 
 
 def _column(table: pa.Table, name: str) -> list[Any]:
@@ -156,26 +172,29 @@ def _note(row: dict[str, Any]) -> str:
     return " · ".join(str(part) for part in parts if part is not None)
 
 
-def _data_uri(frame: Any, side: int) -> str | None:
-    """A small WebP of one frame; None for a null or what is no picture, which the grid shows as a gap."""
+def _data_uri(frame: Any, side: int, rules: FetchRules) -> tuple[str | None, str]:
+    """(a small WebP of one frame, nothing), or (None, why not: nothing for a null), which the grid shows as a gap."""
     if isinstance(frame, dict):
         frame = frame.get("bytes") or frame.get("path")
     if frame is None:
-        return None
+        return None, ""
+    if isinstance(frame, str):
+        frame = fetch(frame, str(Path.cwd()), rules=rules)
     try:
+        if isinstance(frame, FrameError):
+            raise frame
         if isinstance(frame, Image.Image):
             picture = frame.convert("RGB")
-        elif hasattr(frame, "__array__"):
-            picture = Image.fromarray(frame).convert("RGB")
+        elif isinstance(frame, bytes):
+            picture = Image.fromarray(shared_decoder().fit_within(frame, side))
         else:
-            data = frame if isinstance(frame, bytes) else read_bytes(frame)
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception:  # whatever a decoder raises is this frame's gap
-        return None
+            picture = open_frame(frame if isinstance(frame, Path) else np.asarray(frame))
+    except FrameError as error:
+        return None, str(error)
     picture.thumbnail((side, side))
     encoded = io.BytesIO()
     picture.save(encoded, "WEBP", quality=70)
-    return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
+    return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode(), ""
 
 
 def _cell(picture: str | None, caption: str, note: str) -> str:

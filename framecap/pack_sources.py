@@ -20,6 +20,7 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv"}
     | {".3gp", ".ogv"}
 )
+_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Lost:
     error: str
 
 
-def list_sources(given: Sequence[str]) -> tuple[list[Source], list[Lost]]:
+def list_sources(given: Sequence[str], follow_links: bool = False) -> tuple[list[Source], list[Lost]]:
     """Every image and video among ``given``, in the order given; a folder's files in path order. And what is lost:
-    folders that cannot be listed, names that are not UTF-8.
+    folders that cannot be listed, names that are not UTF-8, pipes and devices, and, unless ``follow_links``, links that
+    lead out of a folder.
 
     With more than one source, a folder's names begin with the folder's own, so that ids stay apart. A video
     loses its suffix, unless two videos differ by nothing else.
@@ -52,7 +54,7 @@ def list_sources(given: Sequence[str]) -> tuple[list[Source], list[Lost]]:
         SettingsError: nothing to pack, a source that does not exist, or two files of one name.
     """
     lost: list[Lost] = []
-    files = [file for uri in given for file in _below(uri, prefix=len(given) > 1, lost=lost)]
+    files = [file for uri in given for file in _below(uri, len(given) > 1, follow_links, lost)]
     if not files and not lost:
         raise SettingsError(f"{', '.join(given) or 'no source'}: no image or video to pack there; check the path")
     stems = Counter(str(path.with_suffix("")) for _, path, _ in files if _is_video(path))
@@ -73,7 +75,7 @@ def _is_video(path: PurePosixPath) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def _below(uri: str, prefix: bool, lost: list[Lost]) -> list[tuple[str, PurePosixPath, str]]:
+def _below(uri: str, prefix: bool, follow_links: bool, lost: list[Lost]) -> list[tuple[str, PurePosixPath, str]]:
     """(URI, path that names it, folder) of each file at or below ``uri``; to ``lost`` go those that cannot be read."""
     fs, path = open_fs(uri)
     root = PurePosixPath(path)
@@ -82,12 +84,14 @@ def _below(uri: str, prefix: bool, lost: list[Lost]) -> list[tuple[str, PurePosi
             return [(uri, PurePosixPath(root.name), root.parent.name)]
         if not fs.exists(path):
             raise SettingsError(f"{uri} does not exist; check the path")
-        files = sorted(_local_files(path, lost) if is_local(uri) else fs.find(path))
+        files = sorted(
+            _local_files(path, os.path.realpath(path), follow_links, lost) if is_local(uri) else fs.find(path)
+        )
     found = []
     for file in files:
         relative = PurePosixPath(file).relative_to(root)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or relative.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+        if hidden or relative.suffix.lower() not in _SUFFIXES:
             continue
         if printable(file) != file:
             lost.append(Lost(printable(join(uri, str(relative))), "its name is not UTF-8; rename it"))
@@ -98,20 +102,29 @@ def _below(uri: str, prefix: bool, lost: list[Lost]) -> list[tuple[str, PurePosi
     return found
 
 
-def _local_files(folder: str, lost: list[Lost], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Paths of the files below a local folder. A link to a folder ``above`` it is not entered."""
+def _local_files(
+    folder: str, root: str, follow_links: bool, lost: list[Lost], above: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Paths of the files below a local folder. A link to a folder ``above`` it is not entered, nor, unless
+    ``follow_links``, one that leads out of ``root``; all these are real paths."""
     try:
-        status = Path(folder).stat()
         with os.scandir(folder) as listed:
             entries = list(listed)
     except OSError as error:
         lost.append(Lost(printable(folder), f"the folder cannot be listed: {error.strerror or error}"))
         return
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
+    above = (*above, os.path.realpath(folder))
     for entry in entries:
-        if entry.is_dir():
-            yield from _local_files(entry.path, lost, (*above, identity))
-        else:
+        real, is_folder = os.path.realpath(entry.path), entry.is_dir()
+        wanted = not entry.name.startswith(".") and (is_folder or Path(entry.name).suffix.lower() in _SUFFIXES)
+        if entry.is_symlink() and not follow_links and not f"{real}/".startswith(root.rstrip("/") + "/"):
+            if wanted:
+                text = f"it is a link to {printable(real)}; --follow-links packs what such links lead to"
+                lost.append(Lost(printable(entry.path), text))
+        elif is_folder:
+            if real not in above:
+                yield from _local_files(entry.path, root, follow_links, lost, above)
+        elif entry.is_file() or not Path(real).exists():  # a link to nothing: whoever opens it says so
             yield entry.path
+        elif wanted:
+            lost.append(Lost(printable(entry.path), "it is no regular file"))

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from framecap.errors import SettingsError, StorageError
-from framecap.storage import join, open_fs, read_bytes, write_bytes_atomic
+from framecap.errors import FrameError, SettingsError
+from framecap.image_uris import fetch
+from framecap.storage import join, open_fs, write_bytes_atomic
 
 SCHEMA = pa.schema([("image", pa.binary()), ("caption", pa.list_(pa.string())), ("split", pa.string())])
 # Where a form has no fixed names: the first of these that is there.
@@ -155,13 +156,11 @@ class _Pictures:
         """(bytes, None), or (None, why not)."""
         if not isinstance(path, str) or not path.strip():
             return None, "no image"
-        relative = posixpath.normpath(path.strip().replace("\\", "/"))
-        if relative.startswith(("/", "..")) or "://" in path:
-            return None, "path outside the image folder"
-        try:
-            return read_bytes(join(self.folder, relative)), None
-        except (OSError, StorageError):
-            return None, "image file is missing"
+        found = fetch(path.strip().replace("\\", "/"), self.folder)
+        if not isinstance(found, FrameError):
+            return found, None
+        reasons = {"not_allowed": "path outside the image folder", "missing": "image file is missing"}
+        return None, reasons.get(found.kind, f"image file is {found.kind}")
 
 
 def _read_coco(stream: Any, name: str, options: PairOptions, pictures: _Pictures) -> Iterator[RawPair]:

@@ -7,7 +7,7 @@ binaries that are dictionary-encoded stay so until their decoded size is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from framecap.errors import ShardError
 from framecap.shards import open_shard
 
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1024
+# What the columns of a shard may unpack to, all in all, whatever they take in the file; and beyond, times that.
+MOST_UNPACKED = 256 << 20
+MOST_RATIO = 10_000
 # Bytes of a value in Arrow's memory, by Parquet's physical type; the other two depend on the column.
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8}
 _DECIMAL_WIDTH = 32
@@ -33,13 +37,14 @@ class _Leaf:
     number: int
     path: str
     width: int | None  # bytes of a value; None for strings and binaries
+    is_repeated: bool
     by_dictionary: bool  # read as Arrow dictionaries, see ``read_batches``
 
 
 def read_batches(
     root: str,
     shard: str,
-    columns: Sequence[str],
+    columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
     start: int = 0,
     most_rows: int = BATCH_ROWS,
     most_bytes: int = BATCH_BYTES,
@@ -47,10 +52,12 @@ def read_batches(
     """The rows from ``start`` on as (number of the first row, batch of ``columns``), in order.
 
     A batch has at most ``most_rows`` rows and about ``most_bytes`` bytes, or a single row. Batches do not span row
-    groups, and the first may begin before ``start``. Raises ``ShardError`` if the shard cannot be opened, and
-    pyarrow's errors, or ``OSError``, if a page is damaged.
+    groups, and the first may begin before ``start``. ``columns``: their names, or which of a schema's they are.
+    Raises ``ShardError`` if the shard cannot be opened or unpacks to too much, and pyarrow's errors, or ``OSError``,
+    if a page is damaged.
     """
     with open_shard(root, shard) as file:
+        columns = columns(file.schema_arrow) if callable(columns) else columns
         schema = pa.schema([file.schema_arrow.field(name) for name in columns])
         leaves = _leaves(file, columns)
         metadata = file.metadata
@@ -66,15 +73,21 @@ def _batches(
     file: pq.ParquetFile, schema: pa.Schema, leaves: Sequence[_Leaf], start: int, most_rows: int, most_bytes: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     offset = 0
+    left = MOST_UNPACKED + MOST_RATIO * sum(_packed_bytes(file.metadata, leaves))
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         if offset + group.num_rows <= start:
             offset += group.num_rows
             continue
+        _check_lists(group, leaves)
         rows = max(1, min(most_rows, int(most_bytes / max(1.0, _row_bytes(group, leaves)))))
         for batch in file.iter_batches(rows, row_groups=[number], columns=schema.names):
             if offset + len(batch) > start:
-                yield from _decoded(batch.select(schema.names), offset, schema, most_bytes)
+                for first, part in _decoded(batch.select(schema.names), offset, schema, most_bytes):
+                    left -= part.nbytes
+                    if left < 0:
+                        raise _bomb(file.metadata, leaves)
+                    yield first, part
             offset += len(batch)
 
 
@@ -92,6 +105,30 @@ def _decoded(
         for column, field in zip(batch.columns, schema, strict=True)
     ]
     yield offset, pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _packed_bytes(metadata: pq.FileMetaData, leaves: Sequence[_Leaf]) -> Iterator[int]:
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        yield from (group.column(leaf.number).total_compressed_size for leaf in leaves)
+
+
+def _bomb(metadata: pq.FileMetaData, leaves: Sequence[_Leaf]) -> ShardError:
+    """A dictionary may name one value from any number of rows in a few bytes."""
+    packed = sum(_packed_bytes(metadata, leaves))
+    return ShardError("too_large", f"its columns unpack from {packed:,} bytes to more than {MOST_RATIO:,} times that")
+
+
+def _check_lists(group: pq.RowGroupMetaData, leaves: Sequence[_Leaf]) -> None:
+    """Raise ShardError for lists that grow out of nothing: equal values, or nulls, of one row take no space in a page,
+    and a row cannot be read in parts."""
+    for leaf in leaves:
+        chunk = group.column(leaf.number)
+        unpacked = chunk.num_values * ((leaf.width or 0) + _OFFSET)
+        if leaf.is_repeated and unpacked > max(MOST_UNPACKED, 1000 * chunk.total_compressed_size):
+            raise ShardError(
+                "too_large", f"lists of {leaf.path!r} unpack from {chunk.total_compressed_size:,} to {unpacked:,} bytes"
+            )
 
 
 def _row_bytes(group: pq.RowGroupMetaData, leaves: Sequence[_Leaf]) -> float:
@@ -125,7 +162,9 @@ def _leaves(file: pq.ParquetFile, columns: Sequence[str]) -> list[_Leaf]:
         encoded = any(
             metadata.row_group(group).column(number).has_dictionary_page for group in range(metadata.num_row_groups)
         )
-        leaves.append(_Leaf(number, column.path, width, text and encoded and not tops & views))
+        leaves.append(
+            _Leaf(number, column.path, width, column.max_repetition_level > 0, text and encoded and not tops & views)
+        )
     return leaves
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from framecap import schema
 from framecap.errors import SettingsError, ShardError
+from framecap.image_uris import add_allow_flag, allowed_places
 from framecap.report.gallery import Shown, add_thumbnails
 from framecap.shards import list_input, list_output, open_shard
 from framecap.storage import local_copy, write_bytes_atomic
@@ -36,7 +37,7 @@ class SearchOptions:
     """``by``: which embedding is compared, ``image`` or ``caption``; ``top``: how many frames are found.
 
     ``fold``: frames of one video whose compared embeddings have at least this cosine are one result; above 1 nothing
-    is folded.
+    is folded. ``image_uri_allow``: where rows may name pictures (by default: where the frame shards are).
     """
 
     by: str = "image"
@@ -44,6 +45,7 @@ class SearchOptions:
     fold: float = 0.95
     columns: schema.InputColumns = field(default_factory=schema.InputColumns)
     video_column: str = "video_id"
+    image_uri_allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.by not in BY:
@@ -225,12 +227,13 @@ def _matrix(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~np.asarray(column.is_null())), values.reshape(len(known), column.type.list_size)
 
 
-def write_page(found: Found, query: str, frames: str, out: str, columns: schema.InputColumns) -> None:
+def write_page(found: Found, query: str, frames: str, out: str, options: SearchOptions) -> None:
     """One self-contained HTML page with the pictures of the matches, read from the frame shards at ``frames``."""
     root = list_input(frames, "--frames").root
     shown = [Shown(match.shard, match.row, {}, None, match.frame_id) for match in found.matches]
     by_shard = sorted(shown, key=lambda frame: (frame.shard, frame.number))
-    add_thumbnails(root, by_shard, columns, _PAGE_BYTES, lambda count: None)
+    allowed = allowed_places(root, options.image_uri_allow)
+    add_thumbnails(root, by_shard, options.columns, _PAGE_BYTES, allowed, lambda count: None)
     cells = "".join(_cell(match, frame.thumbnail) for match, frame in zip(found.matches, shown, strict=True))
     title = f"{html.escape(query)} · framecap search"
     page = (
@@ -289,6 +292,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", default="image", help="name of the image column (default: image)")
     parser.add_argument("--image-uri-column", default="image_uri", help="name of the URI column (default: image_uri)")
     parser.add_argument("--video-column", default="video_id", help="name of the video column (default: video_id)")
+    add_allow_flag(parser, "where IN is, its folder or bucket")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -298,7 +302,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.query.strip():
         raise SettingsError("the query is empty; say what to look for")
     columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
-    options = SearchOptions(args.by, args.top, args.fold, columns, args.video_column)
+    options = SearchOptions(args.by, args.top, args.fold, columns, args.video_column, args.image_uri_allow)
     list_output(args.captions)  # a wrong place is told before the encoder is loaded
     from framecap.model.captioner import bundled_captioner  # imports PyTorch: only once the places are right
 
@@ -308,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
         line = "  ".join([*_facts(match), match.caption or ""])
         print(json.dumps(asdict(match), ensure_ascii=False) if args.json else line)
     if args.report is not None:
-        write_page(found, args.query, args.frames, args.report, columns)
+        write_page(found, args.query, args.frames, args.report, options)
         print(f"{args.report}: {len(found.matches)} of {found.rows:,} frames", file=sys.stderr)
     for shard, error in found.unreadable.items():
         print(f"{shard} could not be read: {error}", file=sys.stderr)

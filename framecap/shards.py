@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from fsspec.utils import glob_translate, stringify_path
 
 from framecap.errors import BackendError, SettingsError, ShardError, StorageError, StoreUnavailableError
+from framecap.page_sizes import WatchedFile
 from framecap.schema import SHARD_SUFFIX
 from framecap.storage import backend_errors, is_local, join, mark, open_fs
 from framecap.stores import failure_kind
@@ -28,6 +29,7 @@ _READ_BUFFER = 1 << 20  # column chunks are streamed in pieces of this size, wha
 _PARQUET_LIKE = re.compile(r"\.(parquet|parq|pq)(\.(gz|gzip|snappy|zst|zstd|br|brotli|lz4|lzo|bz2))?$", re.IGNORECASE)
 _NO_DATA = ("_delta_log", "_temporary", "_spark_metadata", "_framecap")  # folders whose Parquet files are no tables
 _LONGEST_NAME = 255  # bytes
+_MOST_ROWS = 100_000_000  # nulls take no space: a footer of some bytes may promise billions of rows
 
 
 @dataclass(frozen=True)
@@ -308,11 +310,19 @@ def absolute(uri: str) -> str:
     return f"{protocol}://{path}"
 
 
+class _Shard(pq.ParquetFile):
+    """A Parquet file that closes what it reads from."""
+
+    def close(self, force: bool = True) -> None:
+        super().close(force)
+
+
 def open_shard(
     root: str, shard: str, metadata: Any = None, read_dictionary: Sequence[str] = (), int96_unit: str = "us"
 ) -> pq.ParquetFile:
     """Open a shard for streaming. Raises ``ShardError``: ``unreadable`` if it is not a whole Parquet file,
-    ``unavailable`` if its store does not answer.
+    ``unavailable`` if its store does not answer. Reading raises it as well, of kind ``too_large``, where a page
+    unpacks to far more than it takes in the file.
 
     ``metadata``: the footer, if it was read before; ``read_dictionary``: columns to read as Arrow dictionaries.
     INT96 timestamps are read in ``int96_unit``: microseconds, as Spark means them. In nanoseconds those outside 1677
@@ -321,8 +331,11 @@ def open_shard(
     uri = join(root, shard)
     fs, path = open_fs(uri)
     try:
-        source = path if is_local(uri) else fs.open(path, "rb", block_size=4 << 20, cache_type="readahead")
-        return pq.ParquetFile(
+        if is_local(uri):
+            source = WatchedFile(open(path, "rb"))  # noqa: SIM115 (closed with the shard)
+        else:
+            source = WatchedFile(fs.open(path, "rb", block_size=4 << 20, cache_type="readahead"))
+        file = _Shard(
             source,
             metadata=metadata,
             read_dictionary=list(read_dictionary) or None,
@@ -330,6 +343,10 @@ def open_shard(
             pre_buffer=False,
             coerce_int96_timestamp_unit=int96_unit,
         )
+        if file.metadata.num_rows > _MOST_ROWS:
+            raise ShardError("too_large", f"{file.metadata.num_rows:,} rows; a shard may have {_MOST_ROWS:,}: split it")
+        source.watch(file.metadata)
+        return file
     except Exception as error:  # whatever a file holds is that shard's error
         raise as_shard_error(error) from error
 

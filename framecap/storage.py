@@ -115,6 +115,11 @@ def _store(uri: str) -> str:
     return _EXTRAS.get(scheme, scheme)
 
 
+def same_store(scheme: str, other: str) -> bool:
+    """Whether two schemes lead to one object store, as ``s3`` and ``s3a`` do, or are the same."""
+    return _EXTRAS.get(scheme, scheme) == _EXTRAS.get(other, other)
+
+
 def _by_scheme(options: dict[str, Any]) -> bool:
     schemes = [name for name in options if name in fsspec.available_protocols() and isinstance(options[name], dict)]
     if schemes and len(schemes) < len(options):

@@ -21,6 +21,13 @@ from framecap.errors import FrameError, SettingsError
 SELECTIONS = ("every", "key", "scene")
 _THUMBNAIL = (64, 36)
 _TOLERANCE_S = 0.5  # by which a header's duration may exceed what is there
+# Demuxers that read one file and open no other, by FFmpeg's names. Playlists (hls, dash, concat), session descriptions
+# (sdp) and the like are not among them, whatever a file's name says.
+CONTAINERS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv", "ogg", "mxf"),
+    *("mpegvideo", "m4v", "h264", "hevc"),
+)
+_OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
 _TRANSPORT_PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a packet: where in it the sync byte stands
 
 
@@ -78,7 +85,7 @@ def read_video(file: BinaryIO, selection: Selection) -> Iterator[VideoFrame]:
 def _open(av: Any, file: BinaryIO) -> Any:
     """The container, whatever the encoding of its titles: PyAV 19 knows no ``metadata_errors``, and fails on none."""
     old = int(av.__version__.partition(".")[0]) < 19
-    return av.open(file, metadata_errors="ignore") if old else av.open(file)
+    return av.open(file, options=_OPTIONS, **({"metadata_errors": "ignore"} if old else {}))
 
 
 def _decoded(av: Any, file: BinaryIO, selection: Selection) -> Iterator[tuple[int, float, Any]]:
@@ -121,6 +128,8 @@ def _read_packets(av: Any, file: BinaryIO) -> tuple[list[int], str | None]:
     file.seek(0)
     try:
         container = _open(av, file)
+    except av.error.ArgumentError as error:  # not on the list, or a header that makes no sense
+        raise FrameError("not_an_image", f"the file is none of {', '.join(CONTAINERS)}, or is damaged") from error
     except (av.error.FFmpegError, OSError) as error:
         raise FrameError("not_an_image", f"the file is not a video that can be read: {error}") from error
     with container:

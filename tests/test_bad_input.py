@@ -91,7 +91,7 @@ def test_pictures_are_fetched_by_uri_and_missing_ones_say_so(
     outputs = read_output(planted[0])
     by_uri = outputs["deep/er/uris.parquet"].column("caption_error").to_pylist()
     assert by_uri[:2] == [None, None]
-    assert [error.split(":")[0] for error in by_uri[2:]] == ["missing"] * 3
+    assert [error.split(":")[0] for error in by_uri[2:]] == ["missing", "not_allowed", "missing"]
     hugging = outputs["deep/hugging.parquet"].column("caption_error").to_pylist()
     assert [error is None for error in hugging] == [True, True, False]
 
@@ -103,7 +103,7 @@ def test_bad_shards_are_listed_and_the_exit_code_is_3(planted: tuple[Path, dict[
     assert {name: text.split(":")[0] for name, text in failed.items()} == BAD_SHARDS
     assert summary["exit_code"] == 3
     assert summary["errors_by_kind"] == {
-        "missing": 5, "not_an_image": 1, "empty": 1, "too_large": 1, "truncated": 1,
+        "missing": 4, "not_allowed": 1, "not_an_image": 1, "empty": 1, "too_large": 1, "truncated": 1,
     }  # fmt: skip
 
 

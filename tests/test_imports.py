@@ -22,11 +22,13 @@ LAYERS = [
         "settings",
         "shards",
         "row_batches",
+        "page_sizes",
         "row_values",
         "text_columns",
         "ray_cluster",
     },
     {"model"},
+    {"image_uris"},
     {
         "pipeline",
         "training",

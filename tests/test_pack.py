@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile import ENDLESS_EPS
 from PIL import Image, ImageDraw
 
 from framecap import pack
@@ -323,3 +325,69 @@ def test_a_name_that_is_not_utf8_and_a_loop_of_links_cost_only_themselves(tmp_pa
     assert pq.read_table(result.shards[0])["frame_id"].to_pylist() == ["дача/ok.jpg"]
     assert sorted(Path(entry.uri).name for entry in result.unreadable) == [r"\xf1\xed\xe8\xec\xee\xea.jpg", "dead.jpg"]
     assert all(str(entry.error).encode() for entry in result.unreadable)
+
+
+PLAYLISTS = {
+    "hls.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:2,\nfile://{film}\n#EXT-X-ENDLIST\n",
+    "hls.ts": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:2,\n{host}/seg.ts\n#EXT-X-ENDLIST\n",
+    "concat.mp4": "ffconcat version 1.0\nfile {film}\n",
+    "beside.mp4": "ffconcat version 1.0\nfile private.mp4\n",
+    "dash.mp4": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    'mediaPresentationDuration="PT2S"><Period><AdaptationSet mimeType="video/mp4"><Representation id="1" '
+    'bandwidth="1"><BaseURL>{host}/dash.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>',
+    "sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5414 RTP/AVP 96\n"
+    "a=rtpmap:96 H264/90000\n",
+}
+
+
+def test_playlists_and_session_descriptions_open_no_other_file_or_port(tmp_path: Path) -> None:
+    folder, film = tmp_path / "films", tmp_path / "private.mp4"
+    folder.mkdir()
+    encode(film, [90] * 5)
+    encode(folder / "private.mp4", [90] * 5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        for name, text in PLAYLISTS.items():
+            host = f"http://127.0.0.1:{server.getsockname()[1]}"
+            (folder / name).write_text(text.format(film=film, host=host))
+        result = pack.pack([str(folder)], str(tmp_path / "out"))
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert rows(tmp_path / "out")["frame_id"].to_pylist() == ["private/000000"]
+    assert sorted(Path(entry.uri).name for entry in result.unreadable) == sorted(PLAYLISTS)
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder with a picture, a link within it, links out of it, a loop and a pipe."""
+    outside, folder = tmp_path / "outside", tmp_path / "pictures"
+    outside.mkdir()
+    folder.mkdir()
+    for path in (outside / "private.png", folder / "ok.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    (folder / "again.png").symlink_to("ok.png")
+    (folder / "link.png").symlink_to(outside / "private.png")
+    (folder / "disk2").symlink_to(outside)
+    (folder / "loop").symlink_to(".")
+    os.mkfifo(folder / "pipe.png")
+    return folder
+
+
+def test_links_out_of_a_folder_and_pipes_are_listed(linked: Path, tmp_path: Path) -> None:
+    result = pack.pack([str(linked)], str(tmp_path / "out"))
+    assert rows(tmp_path / "out")["frame_id"].to_pylist() == ["again.png", "ok.png"]
+    assert [Path(entry.uri).name for entry in result.unreadable] == ["disk2", "link.png", "pipe.png"]
+    assert "--follow-links" in result.unreadable[0].error
+
+
+def test_links_are_followed_on_request(linked: Path, tmp_path: Path) -> None:
+    result = pack.pack([str(linked)], str(tmp_path / "out"), pack.PackOptions(follow_links=True))
+    ids = rows(tmp_path / "out")["frame_id"].to_pylist()
+    assert ids == ["again.png", "disk2/private.png", "link.png", "ok.png"]
+    assert [Path(entry.uri).name for entry in result.unreadable] == ["pipe.png"]
+
+
+def test_an_eps_picture_starts_no_ghostscript(tmp_path: Path) -> None:
+    (tmp_path / "eps.jpg").write_bytes(ENDLESS_EPS)
+    result = pack.pack([str(tmp_path / "eps.jpg")], str(tmp_path / "out"))
+    assert [entry.error.partition(":")[0] for entry in result.unreadable] == ["not_an_image"]

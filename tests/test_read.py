@@ -12,8 +12,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from framecap.errors import FrameError
+from framecap.image_uris import fetch
 from framecap.pipeline.plan import Piece
-from framecap.pipeline.read import ReadOptions, fetch, read_chunks
+from framecap.pipeline.read import ReadOptions, read_chunks
 from framecap.schema import InputColumns
 from framecap.shards import mark_of
 
@@ -100,6 +101,6 @@ def test_a_picture_is_fetched_again_when_its_store_fails(
 ) -> None:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(Flaky, "requests", 0)
-    Flaky().pipe_file("/a.png", _picture(7))
-    found = fetch("flaky://a.png", "/nowhere", retries)
+    Flaky().pipe_file("/store/a.png", _picture(7))
+    found = fetch("flaky://store/a.png", "flaky://store", retries)
     assert (found.kind if isinstance(found, FrameError) else None) == kind

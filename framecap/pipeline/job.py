@@ -13,6 +13,7 @@ import pyarrow as pa
 
 import framecap
 from framecap.errors import FramecapError, SettingsError, StorageError, StoreUnavailableError
+from framecap.image_uris import FetchRules, allowed_places
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig, check_options
 from framecap.model.decode_options import DecodeOptions
 from framecap.model.pictures import IMAGE_TRANSFORM_VERSION
@@ -76,6 +77,7 @@ class Job:
     fingerprint: str
     state_uri: str
     storage: dict[str, object]
+    image_places: tuple[str, ...] = ()
     batch_size: int = 64
     host: Host = THIS_HOST
 
@@ -136,8 +138,8 @@ class Job:
             seed=s.seed,
             decode=s.decode,
             limits=s.limits,
+            fetch=FetchRules(self.image_places, s.max_image_bytes, s.fetch_timeout, s.fetch_retries),
             fetch_threads=s.fetch_threads,
-            fetch_retries=s.fetch_retries,
             share_identical=self.share_identical,
         )
 
@@ -169,7 +171,8 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
     captioner = settings.captioner or str(Path(framecap.__file__).parent / "demo" / "mini")
     places = [settings.input_uri, settings.output_uri, captioner, *filter(None, [settings.state_uri])]
     if settings.storage_options:
-        os.environ[OPTIONS_VARIABLE] = json.dumps(name_scheme(settings.storage_options, places))
+        named = name_scheme(settings.storage_options, [*places, *settings.image_uri_allow])
+        os.environ[OPTIONS_VARIABLE] = json.dumps(named)
     for place in places:
         check_endpoint(place)
     copy = _local_captioner(captioner)
@@ -201,6 +204,7 @@ def prepare(settings: CaptionSettings, host: Host = THIS_HOST) -> Job:
         fingerprint=fingerprint(copy.manifest, _deciding(settings, decode)),
         state_uri=state_uri,
         storage=storage_options(),
+        image_places=allowed_places(source.root, settings.image_uri_allow),
         host=host,
     )
 

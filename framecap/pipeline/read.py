@@ -11,26 +11,28 @@ import itertools
 import pickle
 import posixpath
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from framecap.errors import FramecapError, FrameError, ShardError
+from framecap.errors import FrameError, ShardError
+from framecap.image_uris import DEFAULT_RULES, FetchRules, fetch
 from framecap.model.decoder_process import shared_decoder
 from framecap.model.picture_limits import DEFAULT_LIMITS, PictureLimits
 from framecap.model.pictures import Decode
 from framecap.model.resample import Pixels
 from framecap.pipeline.plan import Chunk, Piece, Range
+from framecap.row_batches import read_batches
 from framecap.schema import REUSE_ROWS, InputColumns
-from framecap.shards import as_shard_error, mark_of, open_shard
-from framecap.storage import join, open_fs
+from framecap.shards import as_shard_error, mark_of
+from framecap.storage import join
 
 _READ_ROWS = 32  # frames decoded per record batch: 32 of 200 KB are 6 MB
+_READ_BYTES = 32 << 20  # and fewer where they are larger
 _RETRY_WAITS = (0.2, 1.0, 3.0, 5.0, 10.0)
 _READ_TRIES = 3
 
@@ -45,8 +47,8 @@ class ReadOptions:
     seed: int
     decode: Decode = "exact"
     limits: PictureLimits = DEFAULT_LIMITS
+    fetch: FetchRules = DEFAULT_RULES
     fetch_threads: int = 8
-    fetch_retries: int = 3
     share_identical: bool = True
 
 
@@ -123,7 +125,8 @@ def _read_piece(stream: _ShardStream, piece: Piece, builder: _ChunkBuilder) -> S
             builder.rewind(before)
             stream.close()
             final = as_shard_error(error)
-            if attempt == _READ_TRIES - 1 or (isinstance(error, ShardError) and error.kind == "changed"):
+            lasting = isinstance(error, ShardError) and error.kind in ("changed", "too_large")
+            if attempt == _READ_TRIES - 1 or lasting:
                 break
             time.sleep(_RETRY_WAITS[attempt])
     return final
@@ -135,14 +138,13 @@ class _ShardStream:
     def __init__(self, options: ReadOptions) -> None:
         self._options = options
         self._shard: str | None = None
-        self._file: pq.ParquetFile | None = None
         self._batches: Iterator[tuple[int, pa.RecordBatch]] = iter(())
         self._held: tuple[int, pa.RecordBatch] | None = None
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._shard, self._file, self._held, self._batches = None, None, None, iter(())
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+        self._shard, self._held, self._batches = None, None, iter(())
 
     def rows(self, piece: Piece) -> Iterator[pa.RecordBatch]:
         """The rows [start, stop) of a piece, in order. Raises ``ShardError`` if there are fewer."""
@@ -167,22 +169,10 @@ class _ShardStream:
         uri = join(self._options.root, piece.shard)
         if mark_of(uri) != piece.signature:
             raise ShardError("changed", "the file was replaced while the run was under way; run again")
-        self._file = open_shard(self._options.root, piece.shard)
         self._shard = piece.shard
-        self._batches = self._from(self._file, piece.start)
-
-    def _from(self, file: pq.ParquetFile, start: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        columns = self._options.columns.read(file.schema_arrow)
-        offset = 0
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if offset + rows > start:
-                for batch in file.iter_batches(_READ_ROWS, row_groups=[group], columns=columns):
-                    if offset + len(batch) > start:
-                        yield offset, batch
-                    offset += len(batch)
-            else:
-                offset += rows
+        self._batches = read_batches(
+            self._options.root, piece.shard, self._options.columns.read, piece.start, _READ_ROWS, _READ_BYTES
+        )
 
 
 class _ChunkBuilder:
@@ -272,7 +262,7 @@ class _ChunkBuilder:
             uris = [given or own for given, own in zip(batch.column(columns.image_uri).to_pylist(), uris, strict=True)]
         folder = posixpath.dirname(join(self._options.root, shard))
         fetched = {
-            row: self._fetchers.submit(fetch, uri, folder, self._options.fetch_retries)
+            row: self._fetchers.submit(fetch, uri, folder, rules=self._options.fetch)
             for row, uri in enumerate(uris)
             if images[row] is None and uri
         }
@@ -287,28 +277,10 @@ class _ChunkBuilder:
         return self.frames, self._pixels[: len(self.frames.digests)]
 
 
-def fetch(uri: str, folder: str, retries: int) -> bytes | FrameError:
-    """The bytes at ``uri`` (relative ones: from ``folder``); a failure is returned, after ``retries``."""
-    target = uri if "://" in uri or uri.startswith("/") else join(folder, uri)
-    for attempt in range(retries + 1):
-        try:
-            fs, path = open_fs(target, patience=0)  # tried again below
-            return bytes(fs.cat_file(path))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return FrameError("missing", f"{target} does not exist")
-        except FramecapError as error:  # no backend for its scheme: no use in trying again
-            return FrameError("missing", str(error)[:300])
-        except Exception as error:  # each backend raises its own; after the retries the row says which
-            if attempt == retries:
-                return FrameError("missing", f"{target}: {type(error).__name__}: {str(error)[:200]}")
-            time.sleep(_RETRY_WAITS[min(attempt, len(_RETRY_WAITS) - 1)])
-    raise AssertionError("unreachable")
-
-
 def seed_of(identity: object, seed: int) -> int:
     """A frame's own 63-bit sampling seed: it follows from the frame's id, not from its place in a batch."""
     digest = hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-__all__ = ["ChunkFrames", "Range", "ReadOptions", "read_chunks", "read_units"]
+__all__ = ["ChunkFrames", "Range", "ReadOptions", "fetch", "read_chunks", "read_units"]

@@ -86,6 +86,10 @@ class CaptionSettings(JobSettings):
     decode_timeout: Seconds = Field(
         DEFAULT_LIMITS.seconds, gt=0, description="a picture that takes longer to decode is an error of its row"
     )
+    image_uri_allow: StringList = Field(
+        (), description="folders and s3://bucket/… that image_uri may name (none: where IN is, its folder or bucket)"
+    )
+    fetch_timeout: Seconds = Field(60.0, gt=0, description="seconds to fetch one picture, retries included")
     fetch_threads: int = Field(8, ge=1, description="parallel fetches of image_uri per reader")
     fetch_retries: int = Field(3, ge=0, description="repeated tries of a fetch that failed")
 

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from framecap.errors import FrameError, ShardError
-from framecap.pipeline.read import fetch
+from framecap.image_uris import FetchRules, fetch
 from framecap.report.doubt import doubt, flags
 from framecap.report.thumbnails import thumbnail
 from framecap.row_values import rows_of
@@ -98,12 +98,19 @@ def _rounded(value: float | None) -> float | None:
 
 
 def add_thumbnails(
-    root: str, shown: list[Shown], columns: InputColumns, page_bytes: int, advance: Callable[[int], object]
+    root: str,
+    shown: list[Shown],
+    columns: InputColumns,
+    page_bytes: int,
+    allowed: Sequence[str],
+    advance: Callable[[int], object],
 ) -> None:
     """Give each frame its picture, read from the frame shards below ``root``; all fit into ``page_bytes``.
 
+    ``allowed``: places that rows may name, see `image_uris.allowed_places`.
     A frame whose shard, row or bytes are not there, or whose id differs, stays without one.
     """
+    rules = FetchRules(tuple(allowed), retries=0)
     budget = min(_LARGEST, max(600, page_bytes // max(1, len(shown)) - _TEXT))
     with ThreadPoolExecutor(_THREADS, "thumbnails") as threads:
         for shard, group in groupby(shown, key=lambda frame: frame.shard):
@@ -112,7 +119,7 @@ def add_thumbnails(
             try:
                 with open_shard(root, shard) as file:
                     for batch in _images(file, wanted, columns):
-                        for frame, small in threads.map(functools.partial(_with_small, folder, budget), batch):
+                        for frame, small in threads.map(functools.partial(_with_small, folder, rules, budget), batch):
                             frame.thumbnail = small
                         advance(len(batch))
             except Exception as error:  # the gallery shows the captions of a lost shard without pictures
@@ -147,13 +154,13 @@ def _images(
 
 
 def _with_small(
-    folder: str, budget: int, pair: tuple[Shown, bytes | str | dict[str, Any] | None]
+    folder: str, rules: FetchRules, budget: int, pair: tuple[Shown, bytes | str | dict[str, Any] | None]
 ) -> tuple[Shown, str | None]:
     """The frame and its picture; URIs are relative to ``folder``, that of the frame shard, as for the job."""
     frame, source = pair
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
-        fetched = fetch(source, folder, retries=0)
+        fetched = fetch(source, folder, rules=rules)
         source = None if isinstance(fetched, FrameError) else fetched
     return frame, thumbnail(source, budget) if source else None

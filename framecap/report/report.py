@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from framecap import schema
 from framecap.errors import SettingsError, ShardError
+from framecap.image_uris import add_allow_flag, allowed_places
 from framecap.pipeline.state import state_of
 from framecap.report.doubt import doubt, flags
 from framecap.report.figures import Change, Figures
@@ -38,12 +39,14 @@ _PAGE_BYTES = 27_000_000
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """How many frames are shown, and what the input's columns are called."""
+    """How many frames are shown, what the input's columns are called, and which places its rows may name pictures in
+    (by default where the frame shards are)."""
 
     limit: int = 5000
     title: str | None = None
     columns: schema.InputColumns = field(default_factory=schema.InputColumns)
     video_id: str = "video_id"
+    image_uri_allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.limit < 1:
@@ -101,8 +104,9 @@ def write_report(
         raise SettingsError(f"{captions} holds no caption shard that can be read; {shard}: {error}")
     shown = list(_shown(captions, survey.places, against, options))
     if root is not None:
+        allowed = allowed_places(root, options.image_uri_allow)
         with tqdm(total=len(shown), unit="frame", desc="pictures", disable=quiet) as bar:
-            add_thumbnails(root, shown, options.columns, _PAGE_BYTES, bar.update)
+            add_thumbnails(root, shown, options.columns, _PAGE_BYTES, allowed, bar.update)
     add_similar(captions, shown)
     shown.sort(key=lambda frame: -frame.doubt)
     pictures = [frame.thumbnail for frame in shown if frame.thumbnail is not None]
@@ -285,12 +289,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", default="image", help="name of the image column (default: image)")
     parser.add_argument("--image-uri-column", default="image_uri", help="name of the URI column (default: image_uri)")
     parser.add_argument("--video-column", default="video_id", help="name of the video column (default: video_id)")
+    add_allow_flag(parser, "where IN is, its folder or bucket")
 
 
 def run(args: argparse.Namespace) -> int:
     """``framecap report``; 0 when the page is written, 3 if it lacks shards that could not be read."""
     columns = schema.InputColumns(args.id_column, args.image_column, args.image_uri_column)
-    options = ReportOptions(args.limit, args.title, columns, args.video_column)
+    options = ReportOptions(args.limit, args.title, columns, args.video_column, args.image_uri_allow)
     written = write_report(args.captions, args.out, args.frames, args.against, options)
     every = written.shown == written.rows
     of = "all there are" if every else f"of {written.rows:,}; --limit shows more"

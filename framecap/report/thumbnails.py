@@ -7,6 +7,9 @@ import io
 
 from PIL import Image
 
+from framecap.errors import FrameError
+from framecap.model.decoder_process import shared_decoder
+
 LONG_SIDE = 208
 _QUALITIES = (62, 45, 30, 18)
 
@@ -17,10 +20,8 @@ def thumbnail(image: bytes, budget: int) -> str | None:
     The picture is 208 pixels on its long side; quality gives way first, size after.
     """
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            opened.draft("RGB", (LONG_SIDE, LONG_SIDE))
-            small = opened.convert("RGB")
-    except Exception:  # whatever a decoder raises: the page has a gap there, as it has for a lost picture
+        small = Image.fromarray(shared_decoder().fit_within(image, LONG_SIDE))
+    except FrameError:
         return None
     side = LONG_SIDE
     while True:

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from framecap.errors import FrameError, TrainingError
+from framecap.image_uris import DEFAULT_RULES, FetchRules
 from framecap.manifest import sha256_file
+from framecap.model.decoder_process import shared_decoder
 from framecap.model.images import IMAGE_TRANSFORM_VERSION
 from framecap.model.ruclip import ImageFeatures, RuClip
 from framecap.model.weights import find_weights
@@ -41,6 +43,7 @@ class EncodeOptions:
     columns: PairColumns
     batch_size: int
     device: str
+    rules: FetchRules = DEFAULT_RULES
 
 
 def features_folder(run_dir: Path, units: Sequence[PairUnit], options: EncodeOptions) -> Path:
@@ -48,6 +51,8 @@ def features_folder(run_dir: Path, units: Sequence[PairUnit], options: EncodeOpt
     weights = [sha256_file(file) for file in find_weights(Path(options.encoder))]
     versions = [IMAGE_TRANSFORM_VERSION, _PART_VERSION]
     key = [weights, options.feature, asdict(options.columns), versions, [u.to_dict() for u in units]]
+    if options.rules.allowed:  # what could not be fetched before may be there now
+        key.append(options.rules.allowed)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return run_dir / f"features-{digest[:16]}"
 
@@ -63,6 +68,7 @@ def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOp
     arrays: list[np.ndarray] = []
     bad: list[dict[str, Any]] = []
     batch: list[tuple[int, Pair]] = []
+    decoder = shared_decoder()
 
     def flush() -> None:
         if options.feature == "text":
@@ -74,7 +80,8 @@ def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOp
         kept, pixels = [], []
         for place, pair in batch:
             try:
-                pixels.append(encoder.preprocess([pair.image or b""]))
+                square = decoder.crop_and_resize(pair.image or b"", encoder.config.image_resolution)
+                pixels.append(encoder.preprocess([square]))
                 kept.append(pair)
             except FrameError as error:
                 bad.append({"row": place, "problem": str(error)})
@@ -83,7 +90,7 @@ def encode_unit(encoder: RuClip, unit: PairUnit, folder: Path, options: EncodeOp
             rows.extend(_row(pair, pair.image or b"") for pair in kept)
         batch.clear()
 
-    for place, pair in enumerate(read_unit(unit, options.columns)):
+    for place, pair in enumerate(read_unit(unit, options.columns, options.rules)):
         if pair.problem:
             bad.append({"row": place, "problem": pair.problem})
             continue

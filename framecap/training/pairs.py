@@ -6,6 +6,7 @@ Knows nothing of encoders or tokens. A pair that cannot be used says why and is 
 from __future__ import annotations
 
 import itertools
+import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,10 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from framecap.errors import EvaluationError, TrainingError
+from framecap.errors import EvaluationError, FrameError, TrainingError
+from framecap.image_uris import DEFAULT_RULES, FetchRules, fetch
 from framecap.row_values import rows_of, values_of
 from framecap.shards import short_text
-from framecap.storage import mark, open_fs
+from framecap.storage import is_local, mark, open_fs
 from framecap.text_columns import find_texts, texts_in
 from framecap.training.scored_texts import list_data_files
 from framecap.training.settings import TrainSettings
@@ -144,8 +146,10 @@ def _splits(fs: Any, paths: list[str], column: str) -> Iterator[str | None]:
             yield from values_of(pq.read_table(stream, columns=[column])[column])
 
 
-def read_unit(unit: PairUnit, columns: PairColumns) -> Iterator[Pair]:
-    """The pairs of one unit, in row order."""
+def read_unit(unit: PairUnit, columns: PairColumns, rules: FetchRules = DEFAULT_RULES) -> Iterator[Pair]:
+    """The pairs of one unit, in row order; a picture that is named instead of held is fetched by ``rules``."""
+    folder = posixpath.dirname(unit.path)
+    folder = folder if is_local(unit.uri) else f"{unit.uri.partition('://')[0]}://{folder.lstrip('/')}"
     fs, _ = open_fs(unit.uri)
     if unit.path.endswith(TEXT_FILE):
         yield from _read_lines(fs, unit)
@@ -156,7 +160,7 @@ def read_unit(unit: PairUnit, columns: PairColumns) -> Iterator[Pair]:
             file = pq.ParquetFile(stream)
             for batch in file.iter_batches(READ_ROWS, row_groups=[unit.row_group], columns=wanted):
                 for row in rows_of(batch):
-                    yield _pair(row, columns)
+                    yield _pair(row, columns, folder, rules)
     except (pa.ArrowException, OSError, ValueError) as error:
         text = short_text(error)
         raise TrainingError(f"{unit.path}, row group {unit.row_group} cannot be read: {text}") from error
@@ -173,16 +177,21 @@ def _read_lines(fs: Any, unit: PairUnit) -> Iterator[Pair]:
             yield Pair(None, [sentence] if sentence else [], None, None if sentence else "no caption")
 
 
-def _pair(row: Mapping[str, Any], columns: PairColumns) -> Pair:
+def _pair(row: Mapping[str, Any], columns: PairColumns, folder: str, rules: FetchRules) -> Pair:
+    """One row; ``folder`` is its file's, which relative names of pictures begin at."""
     image, value = row[columns.image] if columns.image else None, row[columns.caption]
     if isinstance(image, dict):
-        image = image.get("bytes")
+        image = image.get("bytes") or image.get("path")
     captions = [" ".join(text.split()) for text in texts_in(value, columns.caption_fields) if text.strip()]
     split = row[columns.split] if columns.split else None
     if not captions:
-        return Pair(image, [], split, "no caption")
+        return Pair(None, [], split, "no caption")
     if any("\ufffd" in text for text in captions):
         return Pair(None, captions, split, "a caption is not UTF-8")
+    if isinstance(image, str):
+        image = fetch(image, folder, rules=rules)
+        if isinstance(image, FrameError):
+            return Pair(None, captions, split, str(image))
     if columns.image and (not isinstance(image, bytes) or not image):
         return Pair(None, captions, split, "no image")
     return Pair(image, captions, split)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from framecap.errors import MissingFileError, SettingsError, TrainingError
+from framecap.image_uris import FetchRules, allowed_places
 from framecap.manifest import sha256_file
 from framecap.model.bridge import build_bridge
 from framecap.model.bridge_config import BridgeConfig
@@ -43,7 +44,7 @@ _MEANS = {
     *("workers", "cpus_per_worker", "max_failures", "node_timeout", "device", "ray_address"),
     *("encode_batch_size", "accumulate"),
 }
-_REPORTS = {"config", "storage_options", "max_bad_pairs", "log_every", "checkpoint_every"}
+_REPORTS = {"config", "storage_options", "fetch_timeout", "max_bad_pairs", "log_every", "checkpoint_every"}
 _FREE = _PLACES | _MEANS | _REPORTS
 
 
@@ -78,7 +79,9 @@ def make_plan(settings: TrainSettings, device: str) -> TrainPlan:
     units, columns = plan_units(settings)
     bridge = bridge_config(settings)
     feature = "text" if settings.train_on == "text" else bridge.feature
-    encode = EncodeOptions(settings.encoder, feature, columns, settings.encode_batch_size, device)
+    allowed = allowed_places(settings.pairs, settings.image_uri_allow) if settings.image_uri_allow else ()
+    rules = FetchRules(allowed, seconds=settings.fetch_timeout)
+    encode = EncodeOptions(settings.encoder, feature, columns, settings.encode_batch_size, device, rules)
     run_dir = Path(settings.run_dir)
     with clear_disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)

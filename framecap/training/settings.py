@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from framecap.model.bridge import BRIDGES
-from framecap.settings import JobSettings
+from framecap.settings import JobSettings, Seconds, StringList
 
 
 class TrainSettings(JobSettings):
@@ -24,7 +24,7 @@ class TrainSettings(JobSettings):
         "", description="folder on a disk that all nodes see, for features, checkpoints and curves; default OUT.run"
     )
 
-    image_column: str = Field("image", description="column of encoded images, bytes or {bytes, path}")
+    image_column: str = Field("image", description="column of encoded images: bytes, {bytes, path}, or URIs")
     caption_column: str = Field("caption", description="column of captions, text or list of texts; a.b is field b")
     split_column: str = Field("split", description="column that says train or validation, if it is there")
     train_split: str = Field("train", description="value of split for training")
@@ -32,6 +32,10 @@ class TrainSettings(JobSettings):
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="without a split column: share of images held out for validation"
     )
+    image_uri_allow: StringList = Field(
+        (), description="folders and s3://bucket/… where image may name pictures (none: beside and below its file)"
+    )
+    fetch_timeout: Seconds = Field(60.0, gt=0, description="seconds to fetch one picture that is named")
     max_bad_pairs: float = Field(
         0.05, ge=0, le=1, description="largest share of pairs without caption or decodable image"
     )
