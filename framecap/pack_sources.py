@@ -109,7 +109,7 @@ def _local_files(
     ``follow_links``, one that leads out of ``root``; all these are real paths."""
     try:
         with os.scandir(folder) as listed:
-            entries = list(listed)
+            entries = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
         lost.append(Lost(printable(folder), f"the folder cannot be listed: {error.strerror or error}"))
         return
