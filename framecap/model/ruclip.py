@@ -6,12 +6,14 @@ OpenAI's CLIP with YouTokenToMe ids; see ``clip_tower.py`` for the towers. Knows
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -174,11 +176,12 @@ class RuClip(nn.Module):
         if self.tokenizer is None or self.text is None:
             raise _no_text_tower()
         room = self.config.context_length - 2
-        rows = torch.full((len(texts), self.config.context_length), PAD_ID, dtype=torch.int64)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [BOS_ID, *self.tokenizer.encode(text.lower())[:room], EOS_ID]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+        encoded = [[BOS_ID, *self.tokenizer.encode(text.lower())[:room], EOS_ID] for text in texts]
+        # All at once: a tensor for each text took longer than its tokens.
+        lengths = np.array([len(ids) for ids in encoded], np.int64)
+        rows = np.full((len(texts), self.config.context_length), PAD_ID, np.int64)
+        rows[np.arange(rows.shape[1]) < lengths[:, None]] = np.fromiter(itertools.chain(*encoded), np.int64)
+        return torch.from_numpy(rows)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """int64 [N, L] → [N, embed_dim], not normalised: the state at ``<eos>``, projected, as ``ruclip``.
