@@ -63,7 +63,7 @@ def fitting(of_queries: np.ndarray, forms: np.ndarray, of_pictures: np.ndarray) 
     for form, columns in enumerate(_SPOKEN_OF):
         rows = np.flatnonzero(forms == form)
         same = [of_queries[rows, None, column] == of_pictures[None, :, column] for column in columns]
-        fits[rows] = np.logical_and.reduce(same)
+        fits[rows] = np.stack(same).all(axis=0)
     return fits
 
 

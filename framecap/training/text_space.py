@@ -67,7 +67,8 @@ def measure_text_space(settings: TrainSettings, device: str) -> TextSpace:
     """
     encoder = RuClip.from_pretrained(settings.encoder, device)
     size = encoder.config.embed_dim
-    variance, shift = CAPDEC_VARIANCE, np.zeros(size, dtype=np.float32)
+    variance = CAPDEC_VARIANCE
+    shift: np.ndarray = np.zeros(size, dtype=np.float32)
     if settings.gap_pairs:
         images, texts = _embed_pairs(encoder, settings)
         gap = texts.mean(0) - images.mean(0)
