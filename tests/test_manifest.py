@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from framecap.model.weights import find_weights
 from framecap.pipeline import caption, run
 from framecap.pipeline.job import Resources
 from framecap.pipeline.settings import CaptionSettings
+from framecap.ray_cluster import RayStart
 from framecap.storage import local_copy, verified_copy
 
 
@@ -181,10 +183,10 @@ def test_a_captioner_swapped_between_plan_and_actor_stops_the_run_and_nothing_is
     write_shards(tmp_path / "in", 2, 6)
     start = caption.start_ray
 
-    def swapped(settings: CaptionSettings) -> Resources:
+    def swapped(settings: CaptionSettings, ray: RayStart, check: Callable[[], None]) -> Resources:
         folder.rename(tmp_path / "old")
         other.rename(folder)
-        return start(settings)
+        return start(settings, ray, check)
 
     monkeypatch.setattr(caption, "start_ray", swapped)
     flags = ["--input-uri", str(tmp_path / "in"), "--output-uri", str(tmp_path / "out"), "--captioner", str(folder)]

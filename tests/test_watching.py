@@ -18,6 +18,7 @@ from shards import caption, caption_in_process, jpeg, start_nothing, without_ray
 from framecap.model.captioner import Captioner
 from framecap.model.decode_options import DecodeOptions
 from framecap.pipeline import progress
+from framecap.pipeline.caption import RayCaptionActor
 from framecap.pipeline.host import Host
 from framecap.pipeline.job import Job, Resources
 from framecap.pipeline.plan import Chunk, Piece
@@ -25,7 +26,6 @@ from framecap.pipeline.read import ReadOptions, read_units
 from framecap.pipeline.records import ActorOptions, ChunkRecord
 from framecap.pipeline.run import run
 from framecap.pipeline.settings import CaptionSettings
-from framecap.pipeline.stages import CaptionActor
 from framecap.pipeline.stops import Stops
 from framecap.schema import InputColumns
 from framecap.shards import mark_of
@@ -76,7 +76,7 @@ def test_an_actor_reports_every_stage_on_the_metrics_endpoint(
     others = set(scrape(port))  # actors of other tests on the same cluster
     images = [jpeg(1), jpeg(2), jpeg(2), b"no picture"]
     options = ActorOptions(str(tiny_captioner_dir), str(tmp_path), "f", DecodeOptions(max_new_tokens=4), batch_size=8)
-    actor = ray.remote(CaptionActor).options(num_cpus=0.5).remote(options)
+    actor = ray.remote(RayCaptionActor).options(num_cpus=0.5).remote(options, "")
     [record] = [
         pickle.loads(ray.get(actor.__call__.remote(block)).column("record")[0].as_py())
         for block in blocks(tmp_path / "in", tiny_captioner_dir, images)

@@ -33,6 +33,7 @@ from framecap.model.captioner import Captioner
 from framecap.model.captioner_config import CONFIG_NAME, CaptionerConfig
 from framecap.model.convert import write_manifest
 from framecap.model.devices import choose_device
+from framecap.model.ruclip import RuClip
 from framecap.model.weights import read_state_dict, write_state_dict
 from framecap.training.run import train_captioner
 from framecap.training.settings import TrainSettings
@@ -54,7 +55,13 @@ def train_encoder(out: Path, scenes: int, minutes: float) -> None:
     reader = new_reader(train.captions, encoder.config, seed=0).to(device)
     EncoderTraining(encoder, reader, train, seed=0).train(minutes, probe)
     reader.decoder.cpu().save_pretrained(out / "decoder")
-    tune_text_tower(encoder.cpu(), QUERY_SCENES, QUERY_STEPS)
+    encoder.cpu().half().save_pretrained(out / "encoder")
+
+
+def teach_queries(out: Path, share: float) -> None:
+    """Teach the text tower of ``out/encoder`` short queries by ``share`` of the usual scenes and steps."""
+    encoder = RuClip.from_pretrained(out / "encoder")
+    tune_text_tower(encoder, round(share * QUERY_SCENES), round(share * QUERY_STEPS))
     encoder.half().save_pretrained(out / "encoder")
 
 
@@ -109,6 +116,7 @@ def train_mini(out: Path, minutes: float, scenes: int, pairs: int, epochs: float
     """All five steps of the module's docstring; the name of the better bridge."""
     if not (out / "encoder" / "config.json").is_file():
         train_encoder(out, scenes, minutes)
+        teach_queries(out, min(1.0, scenes / QUERY_SCENES))
     if not (out / "pairs" / "drawn.parquet").is_file():
         write_pairs(out / "pairs" / "drawn.parquet", pairs, pairs // 40, PAIRS_SEED)
         logger.info("drew %d pairs", pairs)

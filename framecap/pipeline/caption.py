@@ -134,7 +134,7 @@ def _dataset(job: Job, units: list[tuple[Chunk, ...]], resources: Resources) -> 
                 num_cpus=resources.reader_cpus,
             )
             .map_batches(
-                _Actor,
+                RayCaptionActor,
                 fn_constructor_args=(job.actor_options(), storage),
                 batch_size=1,  # a chunk, as its block is; with num_gpus Ray refuses None
                 batch_format="pyarrow",
@@ -162,7 +162,7 @@ class _Reader:
         yield from read_units(block, self._options)
 
 
-class _Actor:
+class RayCaptionActor:
     """``CaptionActor`` with the storage options of the driver. One that cannot start says why in place of its first
     record: of an exception in a constructor Ray passes on only the text."""
 
