@@ -90,7 +90,10 @@ class ExtraColumns:
     queries: tuple[str, ...] = ()
 
 
-def caption_schema(extra: ExtraColumns = ExtraColumns()) -> pa.Schema:
+_NO_EXTRA = ExtraColumns()
+
+
+def caption_schema(extra: ExtraColumns = _NO_EXTRA) -> pa.Schema:
     """The columns that captioning adds, in order; the queries are in the schema's metadata."""
     fields = list(CAPTION_FIELDS)
     if extra.candidates:
